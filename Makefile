@@ -1,0 +1,45 @@
+# Two commands need nothing done before: `make demo` and `make test`. Both build the package into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml
+CLANG_FORMAT_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+
+.PHONY: dev demo test lint format bench clean
+
+dev: $(VENV)/installed  ## virtual environment, editable install with every extra and the development tools
+
+$(VENV)/tools: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python >= 3.10 is needed, {sys.version.split()[0]} found: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	command -v cmake >/dev/null || $(BIN)/python -m pip install -q cmake
+	$(BIN)/python -m pip install -q -c constraints.txt numpy pybind11 scikit-build-core ninja
+	@touch $@
+
+$(VENV)/installed: $(VENV)/tools $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[all,dev]"
+	@touch $@
+
+demo: dev  ## complete a photograph with 70 % of its pixels removed, and ratings where they are at hand; results in out/demo
+	$(BIN)/python examples/demo.py --out out/demo
+
+test: dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: dev  ## formatting, style, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMAT_FILES)
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CLANG_FORMAT_FILES)
+
+bench: dev  ## all benches; appends rows to bench/data/<machine>.csv
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build out

@@ -1,0 +1,117 @@
+// bindings.cpp: the module _C. Pointers arrive as integers; Python (_native.py) has checked devices, dtypes, shapes and
+// contiguity, so only what would crash is tested here: a null pointer (a meta or fake tensor) with something to read.
+// The GIL is released around the work.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "completion.h"
+#include "dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+lrk::Simd g_simd = lrk::simd_best();
+
+template <typename T>
+T* pointer(std::uintptr_t address, int64_t count, const char* name) {
+  if (address == 0 && count > 0)
+    throw std::invalid_argument(std::string("completion_pass: ") + name +
+                                " has a null data pointer (a meta or fake tensor reached the native kernel)");
+  return reinterpret_cast<T*>(address);
+}
+
+struct CompletionArguments {  // one completion pass as Python describes it; field order is the call's
+  int64_t own_count, entry_count, width;
+  std::uintptr_t offsets, other_index, values, weights, own, other, own_bias, other_bias;
+  double offset;
+  std::uintptr_t plan;
+  int64_t plan_size, long_count;
+  std::uintptr_t loss_parts, own_grad, own_bias_grad;
+};
+
+template <typename T, typename I>
+lrk::CompletionPass<T, I> completion_pass(const CompletionArguments& a) {
+  lrk::CompletionPass<T, I> p;
+  p.own_count = a.own_count;
+  p.entry_count = a.entry_count;
+  p.width = a.width;
+  p.offsets = pointer<const int64_t>(a.offsets, a.own_count + 1, "offsets");
+  p.other_index = pointer<const I>(a.other_index, a.entry_count, "other_index");
+  p.values = pointer<const T>(a.values, a.entry_count, "values");
+  p.weights = pointer<const T>(a.weights, 0, "weights");
+  p.own = pointer<const T>(a.own, a.own_count, "own");
+  p.other = pointer<const T>(a.other, a.entry_count, "other");
+  p.own_bias = pointer<const T>(a.own_bias, 0, "own_bias");
+  p.other_bias = pointer<const T>(a.other_bias, 0, "other_bias");
+  p.offset = T(a.offset);
+  p.plan = pointer<const int64_t>(a.plan, a.plan_size, "plan");
+  p.plan_size = a.plan_size;
+  p.long_count = a.long_count;
+  p.loss_parts = pointer<double>(a.loss_parts, 0, "loss_parts");
+  p.own_grad = pointer<T>(a.own_grad, 0, "own_grad");
+  p.own_bias_grad = pointer<T>(a.own_bias_grad, 0, "own_bias_grad");
+  return p;
+}
+
+template <typename Run>
+void for_types(bool is_double, bool wide_index, const CompletionArguments& a, Run run) {
+  if (is_double)
+    wide_index ? run(completion_pass<double, int64_t>(a)) : run(completion_pass<double, int32_t>(a));
+  else
+    wide_index ? run(completion_pass<float, int64_t>(a)) : run(completion_pass<float, int32_t>(a));
+}
+
+void completion_cpu(bool is_double, bool wide_index, const CompletionArguments& a, int threads) {
+  const int lanes = lrk::simd_bytes(g_simd) / (is_double ? 8 : 4);
+  if (a.width % lanes != 0)
+    throw std::invalid_argument("completion_pass: width must be a multiple of " + std::to_string(lanes) + ", got " +
+                                std::to_string(a.width));
+  for_types(is_double, wide_index, a, [&](const auto& p) {
+    py::gil_scoped_release release;
+    switch (g_simd) {
+#if defined(__x86_64__)
+      case lrk::Simd::avx512: return lrk::completion_pass_avx512(p, threads);
+      case lrk::Simd::avx2: return lrk::completion_pass_avx2(p, threads);
+#endif
+      default: return lrk::completion_pass_portable(p, threads);
+    }
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of lowrank_kernels; called by lowrank_kernels._native only.";
+  m.attr("version") = LRK_VERSION;
+  m.attr("compiler") = LRK_COMPILER;
+  m.attr("openmp") = bool(LRK_OPENMP);
+  m.attr("has_cuda") = bool(LRK_WITH_CUDA);
+  m.attr("cuda_version") = LRK_CUDA_VERSION;
+  m.attr("cuda_architectures") = LRK_CUDA_ARCHITECTURES;
+
+  m.def("simd_level", [] { return lrk::simd_name(g_simd); });
+  m.def("simd_bytes", [] { return lrk::simd_bytes(g_simd); });
+  m.def("simd_levels", [] {
+    py::list names;
+    for (auto level : {lrk::Simd::portable, lrk::Simd::avx2, lrk::Simd::avx512})
+      if (lrk::simd_supported(level)) names.append(lrk::simd_name(level));
+    return names;
+  });
+  m.def(
+      "set_simd_level", [](const std::string& name) { g_simd = lrk::simd_from_name(name); },
+      "For tests: use a lower SIMD level than the best one.");
+
+  py::class_<CompletionArguments>(m, "CompletionArguments")
+      .def(
+          py::init([](int64_t own_count, int64_t entry_count, int64_t width, std::uintptr_t offsets, std::uintptr_t other_index,
+                      std::uintptr_t values, std::uintptr_t weights, std::uintptr_t own, std::uintptr_t other,
+                      std::uintptr_t own_bias, std::uintptr_t other_bias, double offset, std::uintptr_t plan, int64_t plan_size,
+                      int64_t long_count, std::uintptr_t loss_parts, std::uintptr_t own_grad, std::uintptr_t own_bias_grad) {
+            return CompletionArguments{own_count, entry_count, width,      offsets,    other_index, values,
+                                       weights,   own,         other,      own_bias,   other_bias,  offset,
+                                       plan,      plan_size,   long_count, loss_parts, own_grad,    own_bias_grad};
+          }));
+  m.def("completion_cpu", &completion_cpu);
+}

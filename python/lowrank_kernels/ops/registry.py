@@ -1,0 +1,39 @@
+"""The one ``torch.library`` of the package, and what its ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+# Ops die with their Library object, so it lives as long as the module.
+library = torch.library.Library("lowrank_kernels", "DEF")
+
+# Under vmap, grad and the other function transforms tensors are wrappers that look like plain tensors and have no data;
+# a private name of torch, so its absence must not break the import. Always ask it first: behind any other condition
+# torch.compile(torch.func.grad(f)) returned zeros.
+functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def define(schema: str) -> None:
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def same(op: str, **tensors: torch.Tensor | None) -> None:
+    """All given tensors share one floating dtype (float32 or float64) and one device, or a TypeError/ValueError says which not."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(given.items()))
+    for name, tensor in given.items():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{op}: {name} must be float32 or float64, got {tensor.dtype}; convert it with .to(torch.float32)"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def shaped(op: str, name: str, tensor: torch.Tensor, words: str, wanted: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(f"{op}: {name} must be {words} = {wanted}, got {tuple(tensor.shape)}")
