@@ -19,7 +19,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("LOWRANK_KERNELS_NATIVE", "1") == "0":
         return None, "switched off by LOWRANK_KERNELS_NATIVE=0"
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"the compiled module lowrank_kernels._C did not load: {error}"
     return _C, ""
@@ -68,7 +68,7 @@ def completion_pass(
         side.values.shape[0],
         own.shape[1],
         side.offsets.data_ptr(),
-        side.index.data_ptr(),
+        side.indices.data_ptr(),
         side.values.data_ptr(),
         _pointer(side.weights),
         own.data_ptr(),
@@ -83,5 +83,5 @@ def completion_pass(
         _pointer(own_grad),
         _pointer(own_bias_grad),
     )
-    is_double, wide_index = own.dtype == torch.float64, side.index.dtype == torch.int64
+    is_double, wide_index = own.dtype == torch.float64, side.indices.dtype == torch.int64
     _C.completion_cpu(is_double, wide_index, arguments, torch.get_num_threads())

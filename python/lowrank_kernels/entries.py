@@ -26,7 +26,7 @@ class SortedEntries(NamedTuple):
     """The entries sorted by one side, rows or columns."""
 
     offsets: Tensor  # (own + 1,) int64: the entries of row i are [offsets[i], offsets[i + 1])
-    index: Tensor  # (Z,) int32 or int64: the other side's index, ascending inside a row
+    indices: Tensor  # (Z,) int32 or int64: the other side's index, ascending inside a row
     values: Tensor  # (Z,)
     weights: Tensor | None  # (Z,)
     plan: Tensor  # int64: how a kernel divides the rows, see _plan()
@@ -216,7 +216,7 @@ class ObservedEntries:
         m, n = self.shape
         return (
             f"ObservedEntries(shape=({m}, {n}), entries={len(self)}, density={100 * len(self) / m / n:.3g}%, "
-            f"dtype={str(self.dtype).removeprefix('torch.')}, index={str(self.by_row.index.dtype).removeprefix('torch.')}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, index={str(self.by_row.indices.dtype).removeprefix('torch.')}, "
             f"device={self.device}{', weighted' if self.weights is not None else ''})"
         )
 
@@ -232,7 +232,7 @@ class ObservedEntries:
         """``(row, col, values, weights)`` in row-major order, indices as int64."""
         rows = torch.arange(self.shape[0], device=self.device)
         row = torch.repeat_interleave(rows, self.row_counts(), output_size=len(self))
-        return row, self.by_row.index.to(torch.int64), self.values, self.weights
+        return row, self.by_row.indices.to(torch.int64), self.values, self.weights
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ObservedEntries:
         """The same entries on another device or in another dtype; returns self where nothing changes."""
@@ -245,7 +245,7 @@ class ObservedEntries:
             offsets = side.offsets.to(device)
             weights = None if side.weights is None else side.weights.to(device, dtype)
             return SortedEntries(
-                offsets, side.index.to(device), side.values.to(device, dtype), weights, *_plan(offsets)
+                offsets, side.indices.to(device), side.values.to(device, dtype), weights, *_plan(offsets)
             )
 
         return ObservedEntries(self.shape, move(self.by_row), move(self.by_col))
@@ -267,7 +267,7 @@ class ObservedEntries:
         """A ``scipy.sparse.csr_array`` of the values (weights are dropped); needs scipy."""
         from scipy.sparse import csr_array
 
-        arrays = (self.values.cpu().numpy(), self.by_row.index.cpu().numpy(), self.by_row.offsets.cpu().numpy())
+        arrays = (self.values.cpu().numpy(), self.by_row.indices.cpu().numpy(), self.by_row.offsets.cpu().numpy())
         return csr_array(arrays, shape=self.shape)
 
 

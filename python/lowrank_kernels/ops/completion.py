@@ -74,7 +74,7 @@ def _native_cpu(
         loss_here = None if rows else parts
         _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, loss_here, grad_v, grad_col_bias)
     empty = [p.new_empty(0) if x is None else x for x in (grad_p, grad_v, grad_row_bias, grad_col_bias)]
-    return ((parts.sum() / 2).to(p.dtype), *empty)  # type: ignore[return-value]
+    return ((parts.sum() / 2).to(p.dtype), *empty)
 
 
 def _fake(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
@@ -138,7 +138,7 @@ def _loss_and_gradients(
 
 class _CompletionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         left: Tensor,
         core: Tensor | None,
@@ -251,10 +251,10 @@ def completion_loss(
 
     Note:
         Gradients are computed together with the loss, in two passes over the entries; nothing of size entries x k is
-        stored. Sums over a row run in the dtype of the factors, the loss in float64, rounded once. The result is bitwise the
-        same from run to run and for any number of threads (``torch.set_num_threads`` is obeyed). Second derivatives and
-        ``torch.func`` transforms go through :func:`lowrank_kernels.reference.completion_loss`. Under autocast it computes
-        in the dtype of the factors.
+        stored. Sums over a row run in the dtype of the factors, the loss in float64, rounded once. The result is
+        bitwise the same from run to run and for any number of threads (``torch.set_num_threads`` is obeyed). Second
+        derivatives and ``torch.func`` transforms go through :func:`lowrank_kernels.reference.completion_loss`. Under
+        autocast it computes in the dtype of the factors.
 
     Example:
         >>> import torch, lowrank_kernels as lrk

@@ -20,7 +20,7 @@ def define(schema: str) -> None:
 
 
 def same(op: str, **tensors: torch.Tensor | None) -> None:
-    """All given tensors share one floating dtype (float32 or float64) and one device, or a TypeError/ValueError says which not."""
+    """All given tensors share one dtype, float32 or float64, and one device; else an error names the one that does not."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(given.items()))
     for name, tensor in given.items():

@@ -50,9 +50,9 @@ def completion_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, ``own_grad`` (M, K) and ``own_bias_grad`` (M,) of one side by the formulas of csrc/completion.h."""
     own_index = torch.repeat_interleave(
-        torch.arange(own.shape[0], device=own.device), side.offsets.diff(), output_size=side.index.shape[0]
+        torch.arange(own.shape[0], device=own.device), side.offsets.diff(), output_size=side.indices.shape[0]
     )
-    other_index = side.index.to(torch.int64)
+    other_index = side.indices.to(torch.int64)
     gathered = other[other_index]  # (Z, K)
     error = (own[own_index] * gathered).sum(1) + offset - side.values
     if own_bias is not None:
