@@ -94,9 +94,7 @@ class ObservedEntries:
         count = values_t.numel()
         for name, given in (("row", row_t), ("col", col_t), ("weights", weights_t)):
             if given is not None and given.numel() != count:
-                raise ValueError(
-                    f"ObservedEntries: {name} must have as many elements as values, {count}, got {given.numel()}"
-                )
+                raise ValueError(f"ObservedEntries: {name} must have as many elements as values, {count}, got {given.numel()}")
         if count == 0:
             raise ValueError("ObservedEntries: values is empty; at least one observed entry is needed")
         if duplicates not in ("error", "mean", "last"):
@@ -132,30 +130,22 @@ class ObservedEntries:
         Repeated coordinates of a COO matrix are duplicates here (scipy would add them up); see :meth:`from_coo`.
         """
         if not hasattr(matrix, "tocoo"):
-            raise TypeError(
-                f"ObservedEntries.from_scipy: matrix must be a scipy.sparse matrix, got {type(matrix).__name__}"
-            )
+            raise TypeError(f"ObservedEntries.from_scipy: matrix must be a scipy.sparse matrix, got {type(matrix).__name__}")
         coo = matrix.tocoo()
         return cls.from_coo(coo.row, coo.col, coo.data, shape=tuple(coo.shape), duplicates=duplicates, **kwargs)
 
     @classmethod
-    def from_dense(
-        cls, matrix: ArrayLike | Tensor, mask: ArrayLike | Tensor | None = None, **kwargs: Any
-    ) -> ObservedEntries:
+    def from_dense(cls, matrix: ArrayLike | Tensor, mask: ArrayLike | Tensor | None = None, **kwargs: Any) -> ObservedEntries:
         """Build from a dense matrix whose missing cells are NaN, or from values and a boolean mask (True: observed)."""
         dense = _tensor("matrix", matrix)
         if dense.ndim != 2:
-            raise ValueError(
-                f"ObservedEntries.from_dense: matrix must have 2 dimensions, got shape {tuple(dense.shape)}"
-            )
+            raise ValueError(f"ObservedEntries.from_dense: matrix must have 2 dimensions, got shape {tuple(dense.shape)}")
         if mask is None:
             observed = ~torch.isnan(dense) if dense.is_floating_point() else torch.ones_like(dense, dtype=torch.bool)
         else:
             observed = _tensor("mask", mask).to(dense.device)
             if observed.dtype != torch.bool:
-                raise TypeError(
-                    f"ObservedEntries.from_dense: mask must be boolean (True: observed), got {observed.dtype}"
-                )
+                raise TypeError(f"ObservedEntries.from_dense: mask must be boolean (True: observed), got {observed.dtype}")
             if observed.shape != dense.shape:
                 raise ValueError(
                     f"ObservedEntries.from_dense: mask must have the shape of matrix, {tuple(dense.shape)}, "
@@ -173,9 +163,7 @@ class ObservedEntries:
         row, col = row.to(index_dtype), col.to(index_dtype)
         order = torch.sort(col, stable=True).indices  # stable: rows ascend inside a column
         by_row = _sorted_side(row, col, values, weights, shape[0])
-        by_col = _sorted_side(
-            col[order], row[order], values[order], None if weights is None else weights[order], shape[1]
-        )
+        by_col = _sorted_side(col[order], row[order], values[order], None if weights is None else weights[order], shape[1])
         return cls(shape, by_row, by_col)
 
     # ------------------------------------------------------------------ views
@@ -244,9 +232,7 @@ class ObservedEntries:
         def move(side: SortedEntries) -> SortedEntries:
             offsets = side.offsets.to(device)
             weights = None if side.weights is None else side.weights.to(device, dtype)
-            return SortedEntries(
-                offsets, side.indices.to(device), side.values.to(device, dtype), weights, *_plan(offsets)
-            )
+            return SortedEntries(offsets, side.indices.to(device), side.values.to(device, dtype), weights, *_plan(offsets))
 
         return ObservedEntries(self.shape, move(self.by_row), move(self.by_col))
 

@@ -43,9 +43,7 @@ class CompletionGradients(NamedTuple):
 # ---------------------------------------------------------------------- the op's kernels
 
 
-def _composite(
-    p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any
-) -> Grads:
+def _composite(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
     loss, grad_p, grad_row_bias = reference_pass(by_row, p, v, row_bias, col_bias, offset)
     empty = p.new_empty(0)
@@ -57,9 +55,7 @@ def _composite(
     return loss, grad_p, grad_v, grad_row_bias, grad_col_bias
 
 
-def _native_cpu(
-    p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any
-) -> Grads:
+def _native_cpu(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
     p, v = p.contiguous(), v.contiguous()
     row_bias = None if row_bias is None else row_bias.contiguous()
@@ -73,8 +69,14 @@ def _native_cpu(
     if want_col:
         loss_here = None if rows else parts
         _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, loss_here, grad_v, grad_col_bias)
-    empty = [p.new_empty(0) if x is None else x for x in (grad_p, grad_v, grad_row_bias, grad_col_bias)]
-    return ((parts.sum() / 2).to(p.dtype), *empty)
+    loss = (parts.sum() / 2).to(p.dtype)
+    return (
+        loss,
+        p.new_empty(0) if grad_p is None else grad_p,
+        p.new_empty(0) if grad_v is None else grad_v,
+        p.new_empty(0) if grad_row_bias is None else grad_row_bias,
+        p.new_empty(0) if grad_col_bias is None else grad_col_bias,
+    )
 
 
 def _fake(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
@@ -148,9 +150,7 @@ class _CompletionLoss(torch.autograd.Function):
         offset: float,
         *sides: Any,
     ) -> Tensor:
-        loss, grads = _loss_and_gradients(
-            left, core, right, row_bias, col_bias, offset, sides, tuple(ctx.needs_input_grad[:5])
-        )
+        loss, grads = _loss_and_gradients(left, core, right, row_bias, col_bias, offset, sides, tuple(ctx.needs_input_grad[:5]))
         inputs = (left, core, right, row_bias, col_bias)
         tensors = [x for x in sides if isinstance(x, Tensor)]
         ctx.save_for_backward(*inputs, *grads, *tensors)
@@ -159,16 +159,14 @@ class _CompletionLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         rest = (None,) * (1 + len(ctx.other_sides))
         if torch.is_grad_enabled():  # create_graph=True: by formulas autograd can differentiate again
             tensors = iter(saved[10:])
             sides = [next(tensors) if other is None else other[0] for other in ctx.other_sides]
             left, core, right, row_bias, col_bias = saved[:5]
-            entries = ObservedEntries(
-                (left.shape[0], right.shape[1]), SortedEntries(*sides[:6]), SortedEntries(*sides[6:])
-            )
+            entries = ObservedEntries((left.shape[0], right.shape[1]), SortedEntries(*sides[:6]), SortedEntries(*sides[6:]))
             loss = reference.completion_loss(
                 left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=ctx.offset
             )
@@ -189,9 +187,7 @@ def _check(
     reduction: str,
 ) -> None:
     if not isinstance(entries, ObservedEntries):
-        raise TypeError(
-            f"{op}: entries must be ObservedEntries, got {type(entries).__name__}; build one with from_coo()"
-        )
+        raise TypeError(f"{op}: entries must be ObservedEntries, got {type(entries).__name__}; build one with from_coo()")
     for name, tensor in (("left", left), ("right", right)):
         if tensor.ndim != 2:
             raise ValueError(f"{op}: {name} must have 2 dimensions, got shape {tuple(tensor.shape)}")

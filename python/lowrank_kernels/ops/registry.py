@@ -25,9 +25,7 @@ def same(op: str, **tensors: torch.Tensor | None) -> None:
     first_name, first = next(iter(given.items()))
     for name, tensor in given.items():
         if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{op}: {name} must be float32 or float64, got {tensor.dtype}; convert it with .to(torch.float32)"
-            )
+            raise TypeError(f"{op}: {name} must be float32 or float64, got {tensor.dtype}; convert it with .to(torch.float32)")
         if tensor.dtype != first.dtype:
             raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
         if tensor.device != first.device:
