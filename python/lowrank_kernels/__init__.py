@@ -3,7 +3,16 @@
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP runtime
 
 from . import ops, reference
+from .compression import CompressedFactors, compress, masked_gradient
 from .entries import ObservedEntries
 
 __version__ = "0.1.0"
-__all__ = ["ObservedEntries", "__version__", "ops", "reference"]
+__all__ = [
+    "CompressedFactors",
+    "ObservedEntries",
+    "__version__",
+    "compress",
+    "masked_gradient",
+    "ops",
+    "reference",
+]
