@@ -23,7 +23,7 @@ T* pointer(std::uintptr_t address, int64_t count, const char* name) {
 }
 
 struct CompletionArguments {  // one completion pass as Python describes it; field order is the call's
-  int64_t own_count, entry_count, width;
+  int64_t own_count, other_count, entry_count, width;
   std::uintptr_t offsets, other_index, values, weights, own, other, own_bias, other_bias;
   double offset;
   std::uintptr_t plan;
@@ -35,6 +35,7 @@ template <typename T, typename I>
 lrk::CompletionPass<T, I> completion_pass(const CompletionArguments& a) {
   lrk::CompletionPass<T, I> p;
   p.own_count = a.own_count;
+  p.other_count = a.other_count;
   p.entry_count = a.entry_count;
   p.width = a.width;
   p.offsets = pointer<const int64_t>(a.offsets, a.own_count + 1, "offsets");
@@ -104,14 +105,14 @@ PYBIND11_MODULE(_C, m) {
       "For tests: use a lower SIMD level than the best one.");
 
   py::class_<CompletionArguments>(m, "CompletionArguments")
-      .def(
-          py::init([](int64_t own_count, int64_t entry_count, int64_t width, std::uintptr_t offsets, std::uintptr_t other_index,
-                      std::uintptr_t values, std::uintptr_t weights, std::uintptr_t own, std::uintptr_t other,
-                      std::uintptr_t own_bias, std::uintptr_t other_bias, double offset, std::uintptr_t plan, int64_t plan_size,
-                      int64_t long_count, std::uintptr_t loss_parts, std::uintptr_t own_grad, std::uintptr_t own_bias_grad) {
-            return CompletionArguments{own_count, entry_count, width,      offsets,    other_index, values,
-                                       weights,   own,         other,      own_bias,   other_bias,  offset,
-                                       plan,      plan_size,   long_count, loss_parts, own_grad,    own_bias_grad};
-          }));
+      .def(py::init([](int64_t own_count, int64_t other_count, int64_t entry_count, int64_t width, std::uintptr_t offsets,
+                       std::uintptr_t other_index, std::uintptr_t values, std::uintptr_t weights, std::uintptr_t own,
+                       std::uintptr_t other, std::uintptr_t own_bias, std::uintptr_t other_bias, double offset,
+                       std::uintptr_t plan, int64_t plan_size, int64_t long_count, std::uintptr_t loss_parts,
+                       std::uintptr_t own_grad, std::uintptr_t own_bias_grad) {
+        return CompletionArguments{own_count, other_count, entry_count, width,    offsets,      other_index, values,
+                                   weights,   own,         other,       own_bias, other_bias,   offset,      plan,
+                                   plan_size, long_count,  loss_parts,  own_grad, own_bias_grad};
+      }));
   m.def("completion_cpu", &completion_cpu);
 }

@@ -15,6 +15,7 @@ namespace lrk {
 template <typename T, typename I>
 struct CompletionPass {
   int64_t own_count;       // M: rows of `own` (and the number of CSR rows)
+  int64_t other_count;     // N: rows of `other`
   int64_t entry_count;     // Z
   int64_t width;           // K: factor columns in memory, zero-padded to a multiple of the vector width
   const int64_t* offsets;  // (M + 1): entries of row i are [offsets[i], offsets[i + 1])

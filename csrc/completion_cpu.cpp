@@ -10,85 +10,106 @@
 namespace lrk {
 namespace {
 
-constexpr int64_t kPrefetch = 16;  // entries ahead: about 20 ns of work against an L3 hit of 15-20 ns
+constexpr int64_t kPrefetch = 16;        // entries ahead: about 20 ns of work against an L3 hit of 15-20 ns
+constexpr int64_t kCached = 256 * 1024;  // bytes of `other` that a core's own cache holds: prefetching only costs
+constexpr int64_t kRun = 256;            // entries whose loss is summed in T before it is added in double
 
-// Q: vectors a row, known at compile time, or 0: `vectors` of them, factor and gradient in memory.
+// Rows [begin, end); returns their sum of w E^2. Q: vectors a row, known at compile time, or 0: `vectors` of them, with the
+// factor and its gradient in memory.
 template <typename T, typename I, int Q>
-double rows(const CompletionPass<T, I>& p, int64_t begin, int64_t end, int vectors) {
+double rows(const CompletionPass<T, I>& shared, int64_t begin, int64_t end, int vectors) {
+  const CompletionPass<T, I> p = shared;  // a copy no store can alias
   typedef typename Vector<T>::type V;
   typedef typename Vector<T>::four Four;
-  const int count = Q ? Q : vectors;
-  const int64_t last = p.entry_count - 1;
+  constexpr int L = kLanes<T>;
+  constexpr int R = Q ? Q : 1;
+  constexpr bool kTwo = Q == 1 || Q == 2;  // two chains of additions: a single one would be bound by its latency
+  const int64_t width = int64_t(Q ? Q : vectors) * L;
+  const bool far = p.other_count * width * int64_t(sizeof(T)) > kCached;
   double total = 0;
   for (int64_t i = begin; i < end; ++i) {
-    const T* own = p.own + i * p.width;
-    T* grad = p.own_grad ? p.own_grad + i * p.width : nullptr;
-    V a[Q ? Q : 1], d[Q ? Q : 1];
-    for (int q = 0; q < Q; ++q) {
-      a[q] = load<V>(own + q * kLanes<T>);
-      d[q] = V{};
-    }
+    const T* own = p.own + i * width;
+    T* grad = p.own_grad ? p.own_grad + i * width : nullptr;
+    V a[R] = {}, d[R] = {}, d2[R] = {};
+    for (int q = 0; q < Q; ++q) a[q] = load<V>(own + q * L);
     if (!Q && grad)
-      for (int q = 0; q < count; ++q) store(grad + q * kLanes<T>, V{});
+      for (int q = 0; q < vectors; ++q) store(grad + q * L, V{});
     const T base = p.offset + (p.own_bias ? p.own_bias[i] : T(0));
+    const int64_t stop = p.offsets[i + 1];
     double4 loss = {}, bias = {};
+    for (int64_t run = p.offsets[i]; run < stop; run += kRun) {
+      const int64_t run_stop = run + kRun < stop ? run + kRun : stop;
+      Four run_loss = {}, run_bias = {};
+      for (int64_t e = run; e < run_stop; e += 4) {
+        const I* index = p.other_index + e;
+        const T *b0, *b1, *b2, *b3;
+        Four target, weight = {T(1), T(1), T(1), T(1)};
+        if (e + 4 <= run_stop) {
+          if (far && e + kPrefetch + 4 <= p.entry_count)
+            for (int t = 0; t < 4; ++t) {
+              const char* line = reinterpret_cast<const char*>(p.other + int64_t(index[kPrefetch + t]) * width);
+              __builtin_prefetch(line);
+              if (width * int64_t(sizeof(T)) > 64) __builtin_prefetch(line + 64);
+            }
+          b0 = p.other + int64_t(index[0]) * width;
+          b1 = p.other + int64_t(index[1]) * width;
+          b2 = p.other + int64_t(index[2]) * width;
+          b3 = p.other + int64_t(index[3]) * width;
+          target = load<Four>(p.values + e);
+          if (p.weights) weight = load<Four>(p.weights + e);
+          if (p.other_bias)
+            target -= Four{p.other_bias[index[0]], p.other_bias[index[1]], p.other_bias[index[2]], p.other_bias[index[3]]};
+        } else {  // the last one to three: the others repeat the first with weight 0
+          const int live = int(run_stop - e);
+          const int64_t j0 = index[0], j1 = index[live > 1 ? 1 : 0], j2 = index[live > 2 ? 2 : 0];
+          b0 = b3 = p.other + j0 * width;
+          b1 = p.other + j1 * width;
+          b2 = p.other + j2 * width;
+          const T* v = p.values + e;
+          target = Four{v[0], v[live > 1 ? 1 : 0], v[live > 2 ? 2 : 0], v[0]};
+          if (p.other_bias) target -= Four{p.other_bias[j0], p.other_bias[j1], p.other_bias[j2], p.other_bias[j0]};
+          const T* w = p.weights ? p.weights + e : nullptr;
+          weight = Four{w ? w[0] : T(1), live > 1 ? (w ? w[1] : T(1)) : T(0), live > 2 ? (w ? w[2] : T(1)) : T(0), T(0)};
+        }
 
-    // `live` of the four entries at e count; the others repeat the first with weight 0.
-    auto four = [&](int64_t e, int live) __attribute__((always_inline)) {
-      const T* other[4];
-      Four target, weight = {T(1), T(1), T(1), T(1)};
-      if (live == 4) {
-        for (int t = 0; t < 4; ++t) other[t] = p.other + int64_t(p.other_index[e + t]) * p.width;
-        target = load<Four>(p.values + e);
-        if (p.weights) weight = load<Four>(p.weights + e);
-        if (p.other_bias)
-          for (int t = 0; t < 4; ++t) target[t] -= p.other_bias[p.other_index[e + t]];
-      } else {
-        for (int t = 0; t < 4; ++t) {
-          const int64_t f = t < live ? e + t : e;
-          other[t] = p.other + int64_t(p.other_index[f]) * p.width;
-          target[t] = p.values[f] - (p.other_bias ? p.other_bias[p.other_index[f]] : T(0));
-          weight[t] = t < live ? (p.weights ? p.weights[f] : T(1)) : T(0);
+        const V x0 = Q ? a[0] : load<V>(own);
+        V s0 = x0 * load<V>(b0), s1 = x0 * load<V>(b1), s2 = x0 * load<V>(b2), s3 = x0 * load<V>(b3);
+        for (int q = 1; q < (Q ? Q : vectors); ++q) {
+          const V x = Q ? a[Q ? q : 0] : load<V>(own + q * L);
+          s0 += x * load<V>(b0 + q * L);
+          s1 += x * load<V>(b1 + q * L);
+          s2 += x * load<V>(b2 + q * L);
+          s3 += x * load<V>(b3 + q * L);
+        }
+        const Four error = sum4(s0, s1, s2, s3) + (base - target);
+        const Four weighted = weight * error;
+        run_loss += weighted * error;
+        run_bias += weighted;
+        if (!grad) continue;
+        // Read the four rows again, from L1: kept in registers they would push the accumulators out.
+        asm("" : "+r"(b0), "+r"(b1), "+r"(b2), "+r"(b3));
+        const V w0 = weighted[0] - V{}, w1 = weighted[1] - V{}, w2 = weighted[2] - V{}, w3 = weighted[3] - V{};
+        for (int q = 0; q < Q; ++q) {
+          d[q] += w0 * load<V>(b0 + q * L);
+          d[q] += w1 * load<V>(b1 + q * L);
+          V& second = kTwo ? d2[q] : d[q];
+          second += w2 * load<V>(b2 + q * L);
+          second += w3 * load<V>(b3 + q * L);
+        }
+        for (int q = 0; q < (Q ? 0 : vectors); ++q) {
+          V g = load<V>(grad + q * L);
+          g += w0 * load<V>(b0 + q * L);
+          g += w1 * load<V>(b1 + q * L);
+          g += w2 * load<V>(b2 + q * L);
+          g += w3 * load<V>(b3 + q * L);
+          store(grad + q * L, g);
         }
       }
-      V s0 = {}, s1 = {}, s2 = {}, s3 = {};
-      for (int q = 0; q < count; ++q) {
-        const V x = Q ? a[Q ? q : 0] : load<V>(own + q * kLanes<T>);
-        s0 += x * load<V>(other[0] + q * kLanes<T>);
-        s1 += x * load<V>(other[1] + q * kLanes<T>);
-        s2 += x * load<V>(other[2] + q * kLanes<T>);
-        s3 += x * load<V>(other[3] + q * kLanes<T>);
-      }
-      const Four error = sum4(s0, s1, s2, s3) + (base - target);
-      const Four weighted = weight * error;
-      loss += widen(weighted) * widen(error);
-      bias += widen(weighted);
-      if (!grad) return;
-      for (int q = 0; q < count; ++q) {
-        V g = Q ? d[Q ? q : 0] : load<V>(grad + q * kLanes<T>);
-        for (int t = 0; t < 4; ++t) g += weighted[t] * load<V>(other[t] + q * kLanes<T>);
-        if (Q)
-          d[Q ? q : 0] = g;
-        else
-          store(grad + q * kLanes<T>, g);
-      }
-    };
-
-    const int64_t stop = p.offsets[i + 1];
-    int64_t e = p.offsets[i];
-    for (; e + 4 <= stop; e += 4) {
-      for (int t = 0; t < 4; ++t) {
-        const int64_t ahead = e + t + kPrefetch < last ? e + t + kPrefetch : last;
-        const char* line = reinterpret_cast<const char*>(p.other + int64_t(p.other_index[ahead]) * p.width);
-        __builtin_prefetch(line);
-        if (count * LRK_VECTOR_BYTES > 64) __builtin_prefetch(line + 64);
-      }
-      four(e, 4);
+      loss += widen(run_loss);
+      bias += widen(run_bias);
     }
-    if (e < stop) four(e, int(stop - e));
-
     for (int q = 0; q < Q; ++q)
-      if (grad) store(grad + q * kLanes<T>, d[q]);
+      if (grad) store(grad + q * L, d[q] + d2[q]);
     if (p.own_bias_grad) p.own_bias_grad[i] = T((bias[0] + bias[1]) + (bias[2] + bias[3]));
     total += (loss[0] + loss[1]) + (loss[2] + loss[3]);
   }

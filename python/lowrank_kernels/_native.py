@@ -27,6 +27,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 _C: Any
 _C, unavailable = _load()  # `unavailable` is the reason, empty when the module is there
+_SIMD_BYTES = 0 if _C is None else int(_C.simd_bytes())  # constants: torch.compile reads them, it cannot call into _C
+_HAS_CUDA = _C is not None and bool(_C.has_cuda)
 
 
 def has_cpu() -> bool:
@@ -36,14 +38,17 @@ def has_cpu() -> bool:
 
 def has_cuda() -> bool:
     """True where the CUDA kernels were built."""
-    return _C is not None and bool(_C.has_cuda)
+    return _HAS_CUDA
 
 
 def factor_lanes(dtype: torch.dtype, device: torch.device) -> int:
-    """Kernels read factor rows in whole vectors: their width is zero-padded to a multiple of this."""
+    """Kernels read factor rows in whole vectors: their width is zero-padded to a multiple of this.
+
+    On the CPU that of the best SIMD level, which the lower ones divide.
+    """
     element = 8 if dtype == torch.float64 else 4
     if device.type == "cpu" and has_cpu():
-        return int(_C.simd_bytes()) // element
+        return _SIMD_BYTES // element
     return 16 // element if device.type == "cuda" and has_cuda() else 1
 
 
@@ -65,6 +70,7 @@ def completion_pass(
     """One pass of csrc/completion.h over ``side``; outputs are written in place."""
     arguments = _C.CompletionArguments(
         own.shape[0],
+        other.shape[0],
         side.values.shape[0],
         own.shape[1],
         side.offsets.data_ptr(),
