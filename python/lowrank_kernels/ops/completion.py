@@ -17,7 +17,7 @@ from .. import _native, reference
 from ..entries import MAX_WIDTH, ObservedEntries, SortedEntries
 from ..reference.completion import completion_pass as reference_pass
 from ..reference.core import core_gradients, core_product
-from .registry import define, functorch_active, library, same, shaped
+from .registry import define, forward_ad_active, functorch_active, library, same, shaped
 
 _SIDE = "Tensor {0}_offsets, Tensor {0}_index, Tensor {0}_values, Tensor? {0}_weights, Tensor {0}_plan, int {0}_long"
 define(
@@ -46,17 +46,20 @@ class CompletionGradients(NamedTuple):
 def _composite(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
     loss, grad_p, grad_row_bias = reference_pass(by_row, p, v, row_bias, col_bias, offset)
-    empty = p.new_empty(0)
     if not want_row:
-        grad_p = grad_row_bias = empty
+        grad_p, grad_row_bias = p.new_empty(0), p.new_empty(0)
     if not want_col:
-        return loss, grad_p, empty, grad_row_bias, p.new_empty(0)
+        return loss, grad_p, p.new_empty(0), grad_row_bias, p.new_empty(0)
     _, grad_v, grad_col_bias = reference_pass(by_col, v, p, col_bias, row_bias, offset)
     return loss, grad_p, grad_v, grad_row_bias, grad_col_bias
 
 
 def _native_cpu(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
+    k = p.shape[1]
+    extra = -k % _native.factor_lanes(p.dtype, p.device)
+    if extra:  # a program exported on a processor with shorter vectors
+        p, v = F.pad(p, (0, extra)), F.pad(v, (0, extra))
     p, v = p.contiguous(), v.contiguous()
     row_bias = None if row_bias is None else row_bias.contiguous()
     col_bias = None if col_bias is None else col_bias.contiguous()
@@ -72,8 +75,8 @@ def _native_cpu(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor 
     loss = (parts.sum() / 2).to(p.dtype)
     return (
         loss,
-        p.new_empty(0) if grad_p is None else grad_p,
-        p.new_empty(0) if grad_v is None else grad_v,
+        p.new_empty(0) if grad_p is None else grad_p[:, :k].contiguous(),
+        p.new_empty(0) if grad_v is None else grad_v[:, :k].contiguous(),
         p.new_empty(0) if grad_row_bias is None else grad_row_bias,
         p.new_empty(0) if grad_col_bias is None else grad_col_bias,
     )
@@ -165,13 +168,16 @@ class _CompletionLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: by formulas autograd can differentiate again
             tensors = iter(saved[10:])
             sides = [next(tensors) if other is None else other[0] for other in ctx.other_sides]
-            left, core, right, row_bias, col_bias = saved[:5]
+            # Views: where one factor depends on another (right = left.t()) grad() would else count that path twice.
+            inputs: list[Any] = [None if x is None else x.view_as(x) for x in saved[:5]]
+            left, core, right, row_bias, col_bias = inputs
             entries = ObservedEntries((left.shape[0], right.shape[1]), SortedEntries(*sides[:6]), SortedEntries(*sides[6:]))
-            loss = reference.completion_loss(
-                left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=ctx.offset
-            )
-            needed = [x for x, need in zip(saved[:5], ctx.needs_input_grad, strict=False) if need]
-            grads = iter(torch.autograd.grad(loss, needed, grad, create_graph=True, materialize_grads=True))
+            with torch.autocast(left.device.type, enabled=False):
+                loss = reference.completion_loss(
+                    left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=ctx.offset
+                )
+                needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+                grads = iter(torch.autograd.grad(loss, needed, grad, create_graph=True, materialize_grads=True))
             return (*(next(grads) if need else None for need in ctx.needs_input_grad[:5]), *rest)
         return (*(None if g is None else g * grad for g in saved[5:10]), *rest)
 
@@ -184,10 +190,17 @@ def _check(
     entries: ObservedEntries,
     row_bias: Tensor | None,
     col_bias: Tensor | None,
+    offset: float,
     reduction: str,
 ) -> None:
     if not isinstance(entries, ObservedEntries):
         raise TypeError(f"{op}: entries must be ObservedEntries, got {type(entries).__name__}; build one with from_coo()")
+    factors = {"left": left, "core": core, "right": right, "row_bias": row_bias, "col_bias": col_bias}
+    for name, given in factors.items():
+        if not isinstance(given, Tensor) and (given is not None or name in ("left", "right")):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(given).__name__}")
+    if isinstance(offset, Tensor):
+        raise TypeError(f"{op}: offset must be a number, got a tensor; it has no gradient: add it to row_bias or use .item()")
     for name, tensor in (("left", left), ("right", right)):
         if tensor.ndim != 2:
             raise ValueError(f"{op}: {name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
@@ -205,7 +218,7 @@ def _check(
         shaped(op, "row_bias", row_bias, "(rows,)", (m,))
     if col_bias is not None:
         shaped(op, "col_bias", col_bias, "(columns,)", (n,))
-    same(op, left=left, core=core, right=right, row_bias=row_bias, col_bias=col_bias, entries=entries.values)
+    same(op, **factors, entries=entries.values)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"{op}: reduction must be 'sum' or 'mean', got {reduction!r}")
 
@@ -249,8 +262,8 @@ def completion_loss(
         Gradients are computed together with the loss, in two passes over the entries; nothing of size entries x k is
         stored. Sums over a row run in the dtype of the factors, the loss in float64, rounded once. The result is
         bitwise the same from run to run and for any number of threads (``torch.set_num_threads`` is obeyed). Second
-        derivatives and ``torch.func`` transforms go through :func:`lowrank_kernels.reference.completion_loss`. Under
-        autocast it computes in the dtype of the factors.
+        derivatives, forward mode and ``torch.func`` transforms go through
+        :func:`lowrank_kernels.reference.completion_loss`. Under autocast it computes in the dtype of the factors.
 
     Example:
         >>> import torch, lowrank_kernels as lrk
@@ -265,11 +278,12 @@ def completion_loss(
 
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, equations (10) and (11).
     """
-    _check("completion_loss", left, core, right, entries, row_bias, col_bias, reduction)
-    if functorch_active():
-        return reference.completion_loss(
-            left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=offset, reduction=reduction
-        )
+    _check("completion_loss", left, core, right, entries, row_bias, col_bias, offset, reduction)
+    if functorch_active() or forward_ad_active():
+        with torch.autocast(left.device.type, enabled=False):
+            return reference.completion_loss(
+                left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=offset, reduction=reduction
+            )
     with torch.autocast(left.device.type, enabled=False):
         factors = (left, core, right, row_bias, col_bias)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in factors):
@@ -303,6 +317,6 @@ def completion_loss_and_gradients(
         tensor([[ 1.,  1.],
                 [-1., -1.]])
     """
-    _check("completion_loss_and_gradients", left, core, right, entries, row_bias, col_bias, "sum")
+    _check("completion_loss_and_gradients", left, core, right, entries, row_bias, col_bias, offset, "sum")
     with torch.autocast(left.device.type, enabled=False):
         return _loss_and_gradients(left, core, right, row_bias, col_bias, offset, _flat(entries), (True,) * 5)

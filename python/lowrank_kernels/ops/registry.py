@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 # Ops die with their Library object, so it lives as long as the module.
 library = torch.library.Library("lowrank_kernels", "DEF")
@@ -13,6 +14,11 @@ library = torch.library.Library("lowrank_kernels", "DEF")
 # a private name of torch, so its absence must not break the import. Always ask it first: behind any other condition
 # torch.compile(torch.func.grad(f)) returned zeros.
 functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def forward_ad_active() -> bool:
+    """True inside ``forward_ad.dual_level``: a private op would drop the tangents of its arguments without a word."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def define(schema: str) -> None:
