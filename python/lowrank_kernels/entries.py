@@ -6,6 +6,7 @@ and lets each gradient be written by a single owner, without atomics and without
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,9 @@ class ObservedEntries:
         if order is not None:
             row_t, col_t, values_t = row_t[order], col_t[order], values_t[order]
             weights_t = None if weights_t is None else weights_t[order]
+        else:  # copies: a later change of the caller's tensors would reach the rows and not the columns
+            values_t = values_t.clone(memory_format=torch.contiguous_format)
+            weights_t = None if weights_t is None else weights_t.clone(memory_format=torch.contiguous_format)
         repeated = (row_t[1:] == row_t[:-1]) & (col_t[1:] == col_t[:-1])
         if bool(repeated.any()):
             if duplicates == "error":
@@ -160,7 +164,7 @@ class ObservedEntries:
     ) -> ObservedEntries:
         """From checked triplets in row-major order without duplicates."""
         index_dtype = torch.int32 if max(shape) <= INT32_MAX else torch.int64
-        row, col = row.to(index_dtype), col.to(index_dtype)
+        row, col = row.to(index_dtype), col.to(index_dtype, copy=True)  # kept: not the caller's storage
         order = torch.sort(col, stable=True).indices  # stable: rows ascend inside a column
         by_row = _sorted_side(row, col, values, weights, shape[0])
         by_col = _sorted_side(col[order], row[order], values[order], None if weights is None else weights[order], shape[1])
@@ -226,18 +230,25 @@ class ObservedEntries:
         """The same entries on another device or in another dtype; returns self where nothing changes."""
         device = self.device if device is None else torch.device(device)
         dtype = self.dtype if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"ObservedEntries: dtype must be float32 or float64, got {dtype}")
         if device == self.device and dtype == self.dtype:
             return self
 
         def move(side: SortedEntries) -> SortedEntries:
             offsets = side.offsets.to(device)
-            weights = None if side.weights is None else side.weights.to(device, dtype)
-            return SortedEntries(offsets, side.indices.to(device), side.values.to(device, dtype), weights, *_plan(offsets))
+            values, weights = side.values.to(device, dtype), None if side.weights is None else side.weights.to(device, dtype)
+            for name, given in (("values", values), ("weights", weights)):
+                if given is not None and dtype == torch.float32 != self.dtype:
+                    _refuse(~torch.isfinite(given), name, "finite in float32", given)
+            return SortedEntries(offsets, side.indices.to(device), values, weights, *_plan(offsets))
 
         return ObservedEntries(self.shape, move(self.by_row), move(self.by_col))
 
     def select(self, keep: Tensor) -> ObservedEntries:
         """The entries where ``keep`` is True; ``keep`` is a ``(Z,)`` boolean tensor in row-major order."""
+        if not isinstance(keep, Tensor):
+            raise TypeError(f"ObservedEntries.select: keep must be a boolean tensor, got {type(keep).__name__}")
         if keep.dtype != torch.bool or keep.shape != self.values.shape:
             raise ValueError(
                 f"ObservedEntries.select: keep must be a boolean tensor of shape ({len(self)},), "
@@ -267,6 +278,8 @@ def _tensor(name: str, data: ArrayLike | Tensor) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise TypeError(f"ObservedEntries: {name} must hold numbers, got an array of dtype {array.dtype}")
     if array.dtype.kind == "u":
+        if array.size and int(array.max()) > INT64_MAX:
+            raise ValueError(f"ObservedEntries: {name} must fit in 64-bit signed integers, got {int(array.max())}")
         array = array.astype(np.int64)
     return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).copy())
 
@@ -298,15 +311,19 @@ def _reals(name: str, data: ArrayLike | Tensor, dtype: torch.dtype | None) -> Te
 def _shape(shape: tuple[int, int] | None, row: Tensor, col: Tensor) -> tuple[int, int]:
     if shape is None:
         return int(row.max()) + 1, int(col.max()) + 1
-    if len(shape) != 2 or any(int(size) < 1 for size in shape):
-        raise ValueError(f"ObservedEntries: shape must be two positive sizes (rows, columns), got {tuple(shape)}")
-    for name, size in zip(("rows", "columns"), shape, strict=True):
-        if int(size) > INT64_MAX // MAX_WIDTH:
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(f"ObservedEntries: shape must be two integers (rows, columns), got {shape!r}") from None
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ValueError(f"ObservedEntries: shape must be two positive sizes (rows, columns), got {sizes}")
+    for name, size in zip(("rows", "columns"), sizes, strict=True):
+        if size > INT64_MAX // MAX_WIDTH:
             raise ValueError(
                 f"ObservedEntries: shape has {size} {name}; times a factor width of {MAX_WIDTH} this overflows 64-bit "
                 f"offsets, at most {INT64_MAX // MAX_WIDTH} fit: relabel the {name} to 0..count-1"
             )
-    return int(shape[0]), int(shape[1])
+    return sizes[0], sizes[1]
 
 
 def _refuse(bad: Tensor, name: str, wanted: str, given: Tensor) -> None:
