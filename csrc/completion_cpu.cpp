@@ -81,7 +81,9 @@ double rows(const CompletionPass<T, I>& shared, int64_t begin, int64_t end, int 
           s2 += x * load<V>(b2 + q * L);
           s3 += x * load<V>(b3 + q * L);
         }
-        const Four error = sum4(s0, s1, s2, s3) + (base - target);
+        Four error = sum4(s0, s1, s2, s3) + (base - target);
+        if (e + 4 > run_stop)  // an overflow stays infinite: in its copies it would add 0 x inf = NaN
+          error = Four{T(0), T(1), T(2), T(3)} < T(run_stop - e) ? error : Four{};
         const Four weighted = weight * error;
         run_loss += weighted * error;
         run_bias += weighted;
