@@ -1,0 +1,68 @@
+"""Complete a photograph with 70 % of its pixels removed, and ratings where they are at hand.
+
+python examples/demo.py --out out/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from lowrank_kernels import cli
+
+HERE = Path(__file__).resolve().parent
+PICTURE = HERE / "chelsea.png"
+
+
+def complete(*arguments: object) -> None:
+    """Run and show one command."""
+    words = ["complete", *map(str, arguments), "--overwrite"]
+    print(f"\n$ lowrank-kernels {' '.join(os.path.relpath(w) if os.path.isabs(w) else w for w in words)}\n", flush=True)
+    try:
+        code = cli.group.main(words, standalone_mode=False)
+    except cli.Refusal as error:
+        error.show()
+        sys.exit(error.exit_code)
+    if code:
+        sys.exit(code)
+
+
+def ratings() -> tuple[Path | None, list[Path]]:
+    """The MovieLens ratings, and the places looked at."""
+    folders = [os.environ.get("LOWRANK_DATA"), HERE.parent.parent / "shared" / "data"]
+    places = [Path(folder) / "ml-latest-small" / "ratings.csv" for folder in folders if folder]
+    return next((place for place in places if place.is_file()), None), places
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the results")
+    out = parser.parse_args().out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    print("A photograph with 70 % of its pixels removed:")
+    compare, picture, curve = out / "photograph_before_after.png", out / "photograph.png", out / "photograph_curve.png"
+    complete(PICTURE, "--sampling-rate", 0.3, "--rank", 20, "-o", picture, "--compare", compare, "--plot", curve)
+
+    found, places = ratings()
+    if found is not None:
+        print("\nMovieLens ratings, 10 % held out:")
+        complete(found, "--plot", out / "ratings_curve.png")
+    else:
+        print("\nNo ratings at hand, so only the photograph was completed. Looked for:")
+        for place in places:
+            print(f"  {place}")
+        print("Get ml-latest-small from https://grouplens.org/datasets/movielens and set LOWRANK_DATA to the folder above it.")
+
+    print(f"\n{time.perf_counter() - started:.0f} s; the results are in {out}:")
+    for path in sorted(out.iterdir()):
+        print(f"  {path.name:<30} {path.stat().st_size / 1024:6.0f} KiB")
+    print("Look first at photograph_before_after.png: original, what was left, completed.")
+
+
+if __name__ == "__main__":
+    main()
