@@ -28,7 +28,7 @@ struct CompletionArguments {  // one completion pass as Python describes it; fie
   double offset;
   std::uintptr_t plan;
   int64_t plan_size, long_count;
-  std::uintptr_t loss_parts, own_grad, own_bias_grad;
+  std::uintptr_t loss_parts, own_grad, own_bias_grad, own_loss;
 };
 
 template <typename T, typename I>
@@ -53,6 +53,7 @@ lrk::CompletionPass<T, I> completion_pass(const CompletionArguments& a) {
   p.loss_parts = pointer<double>(a.loss_parts, 0, "loss_parts");
   p.own_grad = pointer<T>(a.own_grad, 0, "own_grad");
   p.own_bias_grad = pointer<T>(a.own_bias_grad, 0, "own_bias_grad");
+  p.own_loss = pointer<T>(a.own_loss, 0, "own_loss");
   return p;
 }
 
@@ -109,10 +110,10 @@ PYBIND11_MODULE(_C, m) {
                        std::uintptr_t other_index, std::uintptr_t values, std::uintptr_t weights, std::uintptr_t own,
                        std::uintptr_t other, std::uintptr_t own_bias, std::uintptr_t other_bias, double offset,
                        std::uintptr_t plan, int64_t plan_size, int64_t long_count, std::uintptr_t loss_parts,
-                       std::uintptr_t own_grad, std::uintptr_t own_bias_grad) {
-        return CompletionArguments{own_count, other_count, entry_count, width,    offsets,      other_index, values,
-                                   weights,   own,         other,       own_bias, other_bias,   offset,      plan,
-                                   plan_size, long_count,  loss_parts,  own_grad, own_bias_grad};
+                       std::uintptr_t own_grad, std::uintptr_t own_bias_grad, std::uintptr_t own_loss) {
+        return CompletionArguments{own_count, other_count, entry_count, width,    offsets,       other_index, values,
+                                   weights,   own,         other,       own_bias, other_bias,    offset,      plan,
+                                   plan_size, long_count,  loss_parts,  own_grad, own_bias_grad, own_loss};
       }));
   m.def("completion_cpu", &completion_cpu);
 }

@@ -33,6 +33,7 @@ struct CompletionPass {
   double* loss_parts;  // partial sums of w E^2, summed in a fixed order; null: no loss wanted
   T* own_grad;         // (M, K), or null
   T* own_bias_grad;    // (M), or null
+  T* own_loss;         // (M): sum_j w_e E_e^2 of each row, or null
 };
 
 // One symbol a SIMD level; `threads` units of work run side by side. loss_parts has plan_size - 1 slots.

@@ -113,7 +113,9 @@ double rows(const CompletionPass<T, I>& shared, int64_t begin, int64_t end, int 
     for (int q = 0; q < Q; ++q)
       if (grad) store(grad + q * L, d[q] + d2[q]);
     if (p.own_bias_grad) p.own_bias_grad[i] = T((bias[0] + bias[1]) + (bias[2] + bias[3]));
-    total += (loss[0] + loss[1]) + (loss[2] + loss[3]);
+    const double row_loss = (loss[0] + loss[1]) + (loss[2] + loss[3]);
+    if (p.own_loss) p.own_loss[i] = T(row_loss);
+    total += row_loss;
   }
   return total;
 }

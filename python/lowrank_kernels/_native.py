@@ -66,6 +66,7 @@ def completion_pass(
     loss_parts: Tensor | None,  # float64
     own_grad: Tensor | None,  # (M, K)
     own_bias_grad: Tensor | None,  # (M,)
+    own_loss: Tensor | None,  # (M,)
 ) -> None:
     """One pass of csrc/completion.h over ``side``; outputs are written in place."""
     arguments = _C.CompletionArguments(
@@ -88,6 +89,7 @@ def completion_pass(
         _pointer(loss_parts),
         _pointer(own_grad),
         _pointer(own_bias_grad),
+        _pointer(own_loss),
     )
     is_double, wide_index = own.dtype == torch.float64, side.indices.dtype == torch.int64
     _C.completion_cpu(is_double, wide_index, arguments, torch.get_num_threads())

@@ -23,11 +23,12 @@ _SIDE = "Tensor {0}_offsets, Tensor {0}_index, Tensor {0}_values, Tensor? {0}_we
 define(
     "_completion(Tensor p, Tensor v, Tensor? row_bias, Tensor? col_bias, float offset, "
     f"{_SIDE.format('row')}, {_SIDE.format('col')}, bool by_row, bool by_col) "
-    "-> (Tensor loss, Tensor grad_p, Tensor grad_v, Tensor grad_row_bias, Tensor grad_col_bias)"
+    "-> (Tensor loss, Tensor grad_p, Tensor grad_row_bias, Tensor row_loss, "
+    "Tensor grad_v, Tensor grad_col_bias, Tensor col_loss)"
 )
 _op = torch.ops.lowrank_kernels._completion.default
 
-Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class CompletionGradients(NamedTuple):
@@ -43,18 +44,18 @@ class CompletionGradients(NamedTuple):
 # ---------------------------------------------------------------------- the op's kernels
 
 
-def _composite(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
+def _composite(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Outputs:
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
-    loss, grad_p, grad_row_bias = reference_pass(by_row, p, v, row_bias, col_bias, offset)
-    if not want_row:
-        grad_p, grad_row_bias = p.new_empty(0), p.new_empty(0)
-    if not want_col:
-        return loss, grad_p, p.new_empty(0), grad_row_bias, p.new_empty(0)
-    _, grad_v, grad_col_bias = reference_pass(by_col, v, p, col_bias, row_bias, offset)
-    return loss, grad_p, grad_v, grad_row_bias, grad_col_bias
+
+    def empty() -> tuple[Tensor, Tensor, Tensor]:
+        return p.new_empty(0), p.new_empty(0), p.new_empty(0)
+
+    loss, *rows = reference_pass(by_row, p, v, row_bias, col_bias, offset)
+    cols = reference_pass(by_col, v, p, col_bias, row_bias, offset)[1:] if want_col else empty()
+    return (loss, *(rows if want_row else empty()), *cols)  # type: ignore[return-value]
 
 
-def _native_cpu(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
+def _native_cpu(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Outputs:
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
     k = p.shape[1]
     extra = -k % _native.factor_lanes(p.dtype, p.device)
@@ -63,33 +64,33 @@ def _native_cpu(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor 
     p, v = p.contiguous(), v.contiguous()
     row_bias = None if row_bias is None else row_bias.contiguous()
     col_bias = None if col_bias is None else col_bias.contiguous()
-    grad_p, grad_row_bias = (torch.empty_like(p), p.new_empty(p.shape[0])) if want_row else (None, None)
-    grad_v, grad_col_bias = (torch.empty_like(v), v.new_empty(v.shape[0])) if want_col else (None, None)
     rows = want_row or not want_col  # the loss comes from the rows pass, or from the only one that runs
     parts = torch.empty((by_row if rows else by_col).plan.shape[0] - 1, dtype=torch.float64)
+
+    def outputs(own: Tensor, want: bool) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        return (torch.empty_like(own), own.new_empty(own.shape[0]), own.new_empty(own.shape[0])) if want else (None,) * 3
+
+    row_outputs, col_outputs = outputs(p, want_row), outputs(v, want_col)
     if rows:
-        _native.completion_pass(by_row, p, v, row_bias, col_bias, offset, parts, grad_p, grad_row_bias)
+        _native.completion_pass(by_row, p, v, row_bias, col_bias, offset, parts, *row_outputs)
     if want_col:
-        loss_here = None if rows else parts
-        _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, loss_here, grad_v, grad_col_bias)
-    loss = (parts.sum() / 2).to(p.dtype)
-    return (
-        loss,
-        p.new_empty(0) if grad_p is None else grad_p[:, :k].contiguous(),
-        p.new_empty(0) if grad_v is None else grad_v[:, :k].contiguous(),
-        p.new_empty(0) if grad_row_bias is None else grad_row_bias,
-        p.new_empty(0) if grad_col_bias is None else grad_col_bias,
-    )
+        _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, None if rows else parts, *col_outputs)
+    results = [p.new_empty(0) if x is None else x for x in (*row_outputs, *col_outputs)]
+    if extra:
+        results[0], results[3] = (x[:, :k].contiguous() if x.ndim == 2 else x for x in (results[0], results[3]))
+    return ((parts.sum() / 2).to(p.dtype), *results)  # type: ignore[return-value]
 
 
-def _fake(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Grads:
-    want_row, want_col = rest[12], rest[13]
+def _fake(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Outputs:
+    m, n = (p.shape[0] if rest[12] else 0), (v.shape[0] if rest[13] else 0)
     return (
         p.new_empty(()),
-        p.new_empty(p.shape if want_row else 0),
-        p.new_empty(v.shape if want_col else 0),
-        p.new_empty(p.shape[0] if want_row else 0),
-        p.new_empty(v.shape[0] if want_col else 0),
+        p.new_empty(p.shape if rest[12] else 0),
+        p.new_empty(m),
+        p.new_empty(m),
+        p.new_empty(v.shape if rest[13] else 0),
+        p.new_empty(n),
+        p.new_empty(n),
     )
 
 
@@ -124,7 +125,7 @@ def _loss_and_gradients(
     p = left @ padded if padded is not None else F.pad(left, (0, extra)) if extra else left
     v = F.pad(right.t(), (0, extra)) if extra else right.t()
     by_row, by_col = wanted[0] or wanted[1] or wanted[3], wanted[2] or wanted[4]
-    loss, grad_p, grad_v, grad_row_bias, grad_col_bias = _op(
+    loss, grad_p, grad_row_bias, _, grad_v, grad_col_bias, _ = _op(
         p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *sides, by_row, by_col
     )
     grad_left = grad_core = None

@@ -47,8 +47,8 @@ def completion_pass(
     own_bias: Tensor | None,
     other_bias: Tensor | None,
     offset: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, ``own_grad`` (M, K) and ``own_bias_grad`` (M,) of one side by the formulas of csrc/completion.h."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, ``own_grad`` (M, K), ``own_bias_grad`` (M,) and ``own_loss`` (M,) of one side, formulas in csrc/completion.h."""
     own_index = torch.repeat_interleave(
         torch.arange(own.shape[0], device=own.device), side.offsets.diff(), output_size=side.indices.shape[0]
     )
@@ -63,4 +63,5 @@ def completion_pass(
     loss = (weighted.double() * error.double()).sum() / 2
     own_grad = torch.zeros_like(own).index_add_(0, own_index, weighted[:, None] * gathered)
     own_bias_grad = own.new_zeros(own.shape[0]).index_add_(0, own_index, weighted)
-    return loss.to(own.dtype), own_grad, own_bias_grad
+    own_loss = own.new_zeros(own.shape[0]).index_add_(0, own_index, weighted * error)
+    return loss.to(own.dtype), own_grad, own_bias_grad, own_loss
