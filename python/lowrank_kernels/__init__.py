@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  first: the native module then shares torch's OpenMP runtime
 
-from . import ops, reference
+from . import ops, reference, solver
 from .compression import CompressedFactors, compress, masked_gradient
 from .entries import ObservedEntries
 
@@ -15,4 +15,5 @@ __all__ = [
     "masked_gradient",
     "ops",
     "reference",
+    "solver",
 ]

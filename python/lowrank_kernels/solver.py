@@ -2,27 +2,43 @@
 
 Both take gradients from the completion op without autograd and update in place; neither allocates anything of size
 entries x rank.
+
+The production solver (:func:`train`) is Adam with a cosine step size on
+
+    l = 1/2 sum w_ij E_ij^2 + 1/2 sum lambda^T_ia T_ia^2 + 1/2 sum lambda^R_ja R_ja^2 + biases,     T = left C, R = right^T
+
+The penalty is on ``T``, not on ``left``: on ``left`` alone the cores would grow and escape it. Its strengths are constants
+plus a term per observation, or follow from the data (``regularization="auto"``): the posterior variances ``s`` of a
+mean-field Gaussian approximation have closed forms, ``s^T_ia = sigma^2 / (sigma^2 / v_a + sum_j w_ij (R_ja^2 + s^R_ja))``,
+and the strength that minimises the expected squared error is ``lambda^T_ia = sigma^2 / v_a + sum_j w_ij s^R_ja``; prior
+variances ``v_a`` and the noise ``sigma^2`` are re-estimated every ten steps, and so are noise weights
+``w_ij = w_i w_j`` of the rows and columns. Nothing has to be held out to set them.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compression import CompressedFactors
-from .entries import ObservedEntries
+from .compression import CompressedFactors, compress, masked_gradient
+from .entries import ObservedEntries, SortedEntries
 from .ops import completion_loss_and_gradients
+from .ops.completion import completion_sides, entry_sums
+from .reference.core import core_gradients, core_product
 
 
 class Status(Enum):
     """How a solver ended; ``message`` says what to do next."""
 
     CONVERGED = "converged: nothing to do"
+    EARLY_STOPPED = "the validation error stopped improving; the best factors were kept: nothing to do"
     MAX_STEPS = "stopped at max_steps while still improving: raise max_steps, or continue from here with warm_start=True"
     DIVERGED = "the loss became infinite or NaN; the last finite factors were kept: lower the learning rate"
     INTERRUPTED = "interrupted: the best factors so far were kept; continue from here with warm_start=True"
@@ -133,3 +149,338 @@ def gradient_descent(
 def _descend(parameter: Tensor, grad: Tensor | None, rate: float) -> None:
     assert grad is not None
     parameter.add_(grad, alpha=-rate)
+
+
+# ---------------------------------------------------------------------- the production solver
+
+UPDATE_EVERY = 10  # steps between re-estimations of variances and noise: each costs about two steps
+DAMPING = 0.5  # weight of the new estimate
+PRIOR_PULL = 0.2  # weight of the initial prior variance against the empirical one: without it useful columns are pruned
+NOISE_COUNT = 100.0  # pseudo-observations that hold a row's or column's noise weight at 1
+TINY = 1e-10
+
+
+@dataclass
+class CompletionModel:
+    """``left core[L-1] ... core[0] right + b_i + c_j``: what :func:`train` changes in place."""
+
+    left: Tensor  # (m, k)
+    core: Tensor  # (L, k, k)
+    columns: Tensor  # (n, k): right^T, the layout the kernel gathers
+    row_bias: Tensor  # (m,)
+    col_bias: Tensor  # (n,)
+
+    def clone(self) -> CompletionModel:
+        return CompletionModel(*(getattr(self, name).clone() for name in self.__dataclass_fields__))
+
+    def copy_(self, other: CompletionModel) -> None:
+        for name in self.__dataclass_fields__:
+            getattr(self, name).copy_(getattr(other, name))
+
+    def effective_left(self) -> Tensor:
+        """``T = left @ core[L-1] ... core[0]`` (m, k)."""
+        product = core_product(self.core)
+        return self.left if product is None else self.left @ product
+
+
+@dataclass
+class TrainOptions:
+    """Options of :func:`train`; the defaults were chosen on validation splits of MovieLens and on synthetic matrices."""
+
+    max_steps: int = 300
+    learning_rate: float = 0.03  # Adam's, for the outer factors, whose entries start at 0.1
+    core_rate: float = 0.5  # times learning_rate
+    bias_rate: float = 0.02
+    regularization: str | tuple[tuple[float, float], tuple[float, float]] = "auto"  # or ((const, per entry) rows, columns)
+    noise_weights: bool = True  # with "auto": estimate the noise of every row and column
+    row_bias: bool = True
+    col_bias: bool = True
+    patience: int = 5  # checks (every UPDATE_EVERY steps) without a better validation error; validation only
+    warm: bool = False  # continue from trained factors: a third of the step size
+
+
+@dataclass
+class TrainResult:
+    status: Status
+    steps: int
+    history: list[dict[str, float]]
+
+
+def damped_biases(
+    entries: ObservedEntries,
+    *,
+    rows: bool = True,
+    columns: bool = True,
+    damping: tuple[float, float] = (5.0, 3.0),
+    rounds: int = 10,
+) -> tuple[Tensor, Tensor]:
+    """``b_i`` (m,) and ``c_j`` (n,) of the additive model by alternating damped means of the residuals."""
+    m, n = entries.shape
+    row_bias, col_bias = entries.values.new_zeros(m), entries.values.new_zeros(n)
+    zero_left, zero_right = entries.values.new_zeros(m, 1), entries.values.new_zeros(1, n)
+
+    def half(bias: Tensor, sums: Tensor | None, side: SortedEntries, damp: float) -> Tensor:
+        assert sums is not None
+        weight = side.offsets.diff() if side.weights is None else _segment_sum(side.weights, side.offsets)
+        return (bias * weight - sums) / (weight + damp)
+
+    for _ in range(rounds):
+        for own in ("columns", "rows"):
+            _, grads = completion_loss_and_gradients(zero_left, None, zero_right, entries, row_bias=row_bias, col_bias=col_bias)
+            if own == "columns" and columns:
+                col_bias = half(col_bias, grads.col_bias, entries.by_col, damping[1])
+            if own == "rows" and rows:
+                row_bias = half(row_bias, grads.row_bias, entries.by_row, damping[0])
+    return row_bias, col_bias
+
+
+def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    total = torch.zeros(values.shape[0] + 1, dtype=torch.float64, device=values.device)
+    torch.cumsum(values, 0, dtype=torch.float64, out=total[1:])
+    return total[offsets].diff().to(values.dtype)
+
+
+def start(
+    entries: ObservedEntries,
+    rank: int,
+    *,
+    depth: int = 3,
+    init_scale: float = 0.7,
+    frame_scale: float = 0.1,
+    row_bias: bool = True,
+    col_bias: bool = True,
+    generator: torch.Generator | None = None,
+) -> CompletionModel:
+    """Biases by damped means, then the compressed factors of the residual: frames with entries of about ``frame_scale``.
+
+    ``entries`` are expected with zero mean and unit variance. ``init_scale`` and ``frame_scale`` are far above the paper's:
+    its plateau costs thousands of steps. Rows and columns without entries start (and stay) at zero.
+    """
+    m, n = entries.shape
+    row, col = damped_biases(entries, rows=row_bias, columns=col_bias)
+    gradient = masked_gradient(entries, row_bias=row, col_bias=col)
+    factors = compress(gradient, rank, depth=depth, init_scale=init_scale, generator=generator, dtype=entries.dtype)
+    left = factors.left * (frame_scale * math.sqrt(m)) * (entries.row_counts() > 0)[:, None]
+    columns = factors.right.t().contiguous() * (frame_scale * math.sqrt(n)) * (entries.col_counts() > 0)[:, None]
+    return CompletionModel(left, factors.core, columns, row, col)
+
+
+class _Side:
+    """Variances and strengths of one side's factor (rows: T, columns: R) and bias."""
+
+    def __init__(self, side: SortedEntries, factor: Tensor, bias: Tensor, prior: float, noise: float) -> None:
+        self.counts = side.offsets.diff().to(factor.dtype)
+        self.seen = self.counts > 0
+        self.prior_start = prior
+        self.prior = factor.new_full((factor.shape[1],), prior)
+        self.variance = torch.full_like(factor, 0.1 * prior)
+        self.weight = torch.ones_like(bias)
+        self.bias_prior = max(float(bias[self.seen].square().mean()), TINY)
+        self.bias_variance = noise / (self.counts + noise / self.bias_prior)
+        self.penalty = torch.zeros_like(factor)
+        self.bias_penalty = 0.0
+
+    def excess(self, squares: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
+        """Expected squared error of each row from the uncertainty of both factors."""
+        return (squares * a2 + self.variance * (a1 + a2)).sum(1)
+
+    def update(self, squares: Tensor, a1: Tensor, a2: Tensor, total: Tensor, bias: Tensor, noise: float) -> None:
+        self.variance = noise / (noise / self.prior + a1 + a2)
+        empirical = (squares + self.variance)[self.seen].mean(0)
+        wanted = (1 - PRIOR_PULL) * empirical + PRIOR_PULL * self.prior_start
+        self.prior = (1 - DAMPING) * self.prior + DAMPING * wanted
+        self.penalty = noise / self.prior + a2
+        self.bias_variance = noise / (total + noise / self.bias_prior)
+        self.bias_prior = max(float((bias.square() + self.bias_variance)[self.seen].mean()), TINY)
+        self.bias_penalty = noise / self.bias_prior
+
+
+class _Variational:
+    """The strengths of ``regularization="auto"`` (module docstring)."""
+
+    def __init__(self, model: CompletionModel, entries: ObservedEntries, noise_weights: bool) -> None:
+        k = model.columns.shape[1]
+        residual = 2 * float(_loss_at_zero(model, entries)) / len(entries)
+        prior = max(math.sqrt(3.0 * max(residual, TINY) / k), 1e-4)
+        self.noise = max(0.5 * residual, TINY)
+        self.noise_weights = noise_weights
+        self.rows = _Side(entries.by_row, model.left, model.row_bias, prior, self.noise)
+        self.cols = _Side(entries.by_col, model.columns, model.col_bias, prior, self.noise)
+        self.given = (entries.by_row.weights, entries.by_col.weights)
+        weights = [torch.ones_like(entries.values) if w is None else w.clone() for w in self.given]
+        self.entries = ObservedEntries(
+            entries.shape, entries.by_row._replace(weights=weights[0]), entries.by_col._replace(weights=weights[1])
+        )
+
+    def update(self, t: Tensor, r: Tensor, model: CompletionModel, row_loss: Tensor, col_loss: Tensor) -> None:
+        rows, cols, entries = self.rows, self.cols, self.entries
+        t2, r2, k = t.square(), r.square(), t.shape[1]
+        a, row_total = entry_sums(entries, torch.cat([r2, cols.variance], 1), by="row")  # sum_j w_ij (R_j^2 | s_j)
+        b, col_total = entry_sums(entries, torch.cat([t2, rows.variance], 1), by="col")
+        row_excess = rows.excess(t2, a[:, :k], a[:, k:])
+        col_excess = cols.excess(r2, b[:, :k], b[:, k:])
+        spread = (row_loss + row_excess).sum() + (row_total * rows.bias_variance).sum() + (col_total * cols.bias_variance).sum()
+        self.noise = max((1 - DAMPING) * self.noise + DAMPING * float(spread / row_total.sum()), TINY)
+        if self.noise_weights:
+            # The sums carry the old weight of their own row: divided out for the estimate, the new one multiplied in.
+            for side, loss, excess in ((rows, row_loss, row_excess), (cols, col_loss, col_excess)):
+                wanted = (NOISE_COUNT + side.counts) / (NOISE_COUNT + (loss + excess) / side.weight / self.noise)
+                wanted *= side.counts.sum() / (side.counts * wanted).sum()  # mean 1 over the entries: noise stays the level
+                change = wanted / side.weight
+                side.weight = wanted
+                sums, total = (a, row_total) if side is rows else (b, col_total)
+                sums *= change[:, None]
+                total *= change
+            self._weigh()
+        rows.update(t2, a[:, :k], a[:, k:], row_total, model.row_bias, self.noise)
+        cols.update(r2, b[:, :k], b[:, k:], col_total, model.col_bias, self.noise)
+
+    def _weigh(self) -> None:
+        sides = ((self.entries.by_row, self.rows, self.cols), (self.entries.by_col, self.cols, self.rows))
+        for (side, own, other), given in zip(sides, self.given, strict=True):
+            assert side.weights is not None
+            weights = torch.repeat_interleave(own.weight, side.offsets.diff(), output_size=side.weights.shape[0])
+            weights *= other.weight.index_select(0, side.indices)
+            side.weights.copy_(weights if given is None else weights * given)
+
+
+def _loss_at_zero(model: CompletionModel, entries: ObservedEntries) -> Tensor:
+    left, right = torch.zeros_like(model.left[:, :1]), torch.zeros_like(model.columns[:, :1]).t()
+    return completion_loss_and_gradients(
+        left, None, right, entries, row_bias=model.row_bias, col_bias=model.col_bias, wanted=()
+    )[0]
+
+
+class _Adam:
+    """Adam (beta 0.9 and 0.99, epsilon 1e-8), a rate a tensor; torch.optim would import the compiler: 1.5 s at first use."""
+
+    def __init__(self, parameters: list[Tensor], rates: list[float]) -> None:
+        self.parameters, self.rates, self.steps = parameters, rates, 0
+        self.first = [torch.zeros_like(x) for x in parameters]
+        self.second = [torch.zeros_like(x) for x in parameters]
+        self.root = [torch.empty_like(x) for x in parameters]
+
+    def step(self, grads: list[Tensor | None], decay: float) -> None:
+        self.steps += 1
+        first_bias, second_bias = 1 - 0.9**self.steps, math.sqrt(1 - 0.99**self.steps)
+        for x, g, m, v, root, rate in zip(self.parameters, grads, self.first, self.second, self.root, self.rates, strict=True):
+            if g is None or rate == 0:
+                continue
+            m.lerp_(g, 0.1)
+            v.mul_(0.99).addcmul_(g, g, value=0.01)
+            torch.sqrt(v, out=root).add_(1e-8 * second_bias)
+            x.addcdiv_(m, root, value=-rate * decay * second_bias / first_bias)
+
+
+@torch.no_grad()
+def train(
+    model: CompletionModel,
+    entries: ObservedEntries,
+    options: TrainOptions | None = None,
+    *,
+    validation: ObservedEntries | None = None,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train ``model`` in place on ``entries`` (zero mean, unit variance), see the module docstring.
+
+    Args:
+        model: the start, see :func:`start`; it ends as the last factors, or as the best on ``validation``.
+        entries: what is fitted; its weights, where there are any, multiply the noise weights.
+        validation: held-out entries of the same shape: training stops when their error has not improved for
+            ``options.patience`` checks, and the best model is kept.
+        callback: called as ``callback(step, record)`` every ten steps; a KeyboardInterrupt raised in it, or by the user,
+            ends the training with the best (or last) model.
+
+    Returns:
+        Status, steps made and the history: ``step, loss, train_rmse, validation_rmse, seconds`` a check; errors are in the
+        units of ``entries``, the training error with the entries' weights.
+
+    Note: deterministic; the same result for any number of threads.
+    """
+    options = options or TrainOptions()
+    began, history = time.perf_counter(), list[dict[str, float]]()
+    automatic = _Variational(model, entries, options.noise_weights) if options.regularization == "auto" else None
+    penalties: list[Any] = []  # strengths of T, R, row bias, column bias
+    if automatic is None:
+        assert not isinstance(options.regularization, str)
+        strengths = [
+            constant + per_entry * side.offsets.diff().to(entries.dtype)
+            for (constant, per_entry), side in zip(options.regularization, (entries.by_row, entries.by_col), strict=True)
+        ]
+        penalties = [*(strength[:, None] for strength in strengths), *strengths]
+    rate, bias_rate = options.learning_rate, options.bias_rate
+    optimizer = _Adam(
+        [model.left, model.core, model.columns, model.row_bias, model.col_bias],
+        [rate, rate * options.core_rate, rate, bias_rate * options.row_bias, bias_rate * options.col_bias],
+    )
+    fitted = entries if automatic is None else automatic.entries
+    total_weight = float(len(entries) if entries.weights is None else entries.weights.sum())
+    best, best_error, waited = model.clone(), math.inf, 0
+    status, step = Status.MAX_STEPS, 0
+    try:
+        for step in range(1, options.max_steps + 1):
+            product = core_product(model.core)
+            t = model.left if product is None else model.left @ product
+            loss, rows, cols = completion_sides(t, model.columns, fitted, row_bias=model.row_bias, col_bias=model.col_bias)
+            if automatic is not None and step % UPDATE_EVERY == 1:
+                automatic.update(t, model.columns, model, rows.loss, cols.loss)
+                penalties = [
+                    automatic.rows.penalty,
+                    automatic.cols.penalty,
+                    automatic.rows.bias_penalty,
+                    automatic.cols.bias_penalty,
+                ]
+            grad_t = rows.grad.addcmul_(t, penalties[0])
+            decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / options.max_steps))
+            optimizer.step(
+                [
+                    grad_t if product is None else grad_t @ product.t(),
+                    None if product is None else core_gradients(model.core, model.left.t() @ grad_t),
+                    cols.grad.addcmul_(model.columns, penalties[1]),
+                    rows.bias_grad + penalties[2] * model.row_bias,
+                    cols.bias_grad + penalties[3] * model.col_bias,
+                ],
+                decay / 3 if options.warm else decay,
+            )
+            if step % UPDATE_EVERY and step != options.max_steps:
+                continue
+            record = {"step": step, "loss": float(loss), "train_rmse": math.sqrt(2 * float(loss) / total_weight)}
+            if not math.isfinite(record["loss"]):
+                model.copy_(best)
+                status = Status.DIVERGED
+                break
+            if validation is not None:
+                error = _rmse(model, validation)
+                record["validation_rmse"] = error
+                waited = 0 if error < best_error else waited + 1
+            record["seconds"] = time.perf_counter() - began
+            history.append(record)
+            if validation is None or waited == 0:
+                best.copy_(model)
+                best_error = record.get("validation_rmse", best_error)
+            if callback is not None:
+                callback(step, record)
+            if validation is not None and waited >= options.patience:
+                status = Status.EARLY_STOPPED
+                break
+    except KeyboardInterrupt:
+        status = Status.INTERRUPTED
+    if validation is not None:
+        model.copy_(best)
+    if status is Status.MAX_STEPS and _settled(history):
+        status = Status.CONVERGED
+    return TrainResult(status, step, history)
+
+
+def _rmse(model: CompletionModel, entries: ObservedEntries) -> float:
+    loss, _ = completion_loss_and_gradients(
+        model.left, model.core, model.columns.t(), entries, row_bias=model.row_bias, col_bias=model.col_bias, wanted=()
+    )
+    weight = len(entries) if entries.weights is None else float(entries.weights.sum())
+    return math.sqrt(2 * float(loss) / weight)
+
+
+def _settled(history: list[dict[str, float]]) -> bool:
+    """The last fifth of the checks changed the training error by less than 1 %."""
+    tail = [record["train_rmse"] for record in history[-max(2, len(history) // 5) :]]
+    return len(tail) >= 2 and tail[0] - tail[-1] <= 0.01 * tail[0]
