@@ -447,9 +447,12 @@ def write_plot(path: str, history: list[dict[str, Any]], title: str, overwrite: 
         points = [(h["step"], h[key]) for h in history if h.get(key) is not None and math.isfinite(h[key])]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, label=label)
-            axes.annotate(
-                f"{points[-1][1]:.3g}", points[-1], xytext=(4, 0), textcoords="offset points", color=colour, va="center"
-            )
+            if key == "validation_rmse":
+                best = min(points, key=lambda point: point[1])
+                axes.plot(*best, "o", color=colour)
+                axes.annotate(
+                    f"best: {best[1]:.4g}", best, xytext=(0, -14), textcoords="offset points", color=colour, ha="center"
+                )
     axes.set(xlabel="step", ylabel="RMSE", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -486,7 +489,7 @@ def _write_output(o: Options, problem: Problem, fitted: Fit) -> str:
         if suffix == ".png":
             files.write_picture(o.output, picture, o.overwrite)
         else:
-            files.write_atomically(o.output, lambda handle: np.save(handle, picture, allow_pickle=False), o.overwrite)
+            files.write_dense(o.output, files.Dense(picture), o.overwrite)
         return "picture"
     if problem.dense is not None:
         values = _completed_matrix(fitted, problem.shape, problem.dense.values)

@@ -111,11 +111,14 @@ def _cuda() -> Iterator[Line]:
     from . import _native
 
     native = _native._C
-    if _native.has_cuda():
+    if getattr(native, "has_cuda", False):
         built = f"CUDA {_ask(native, 'cuda_version')}"
         yield Line("cuda", "kernels", "built", f"{built}, architectures {_ask(native, 'cuda_architectures')}")
         if hasattr(native, "cuda_info"):
-            info = native.cuda_info() if callable(native.cuda_info) else native.cuda_info
+            try:
+                info = native.cuda_info()
+            except Exception as error:
+                info = f"unknown ({error})"
             for name, value in info.items() if isinstance(info, dict) else [("runtime", info)]:
                 yield Line("cuda", str(name).replace("_", " "), str(value))
     else:
@@ -180,7 +183,11 @@ def _ops() -> Iterator[Line]:
             elif device == "cpu":
                 yield Line("ops", f"{short} on cpu", "PyTorch reference", _native.unavailable or "no native kernel for this op")
             else:
-                why = "the CUDA kernels are not built" if not _native.has_cuda() else "no CUDA kernel for this op"
+                why = (
+                    "the CUDA kernels are not built"
+                    if not getattr(_native._C, "has_cuda", False)
+                    else "no CUDA kernel for this op"
+                )
                 yield Line("ops", f"{short} on cuda", "PyTorch reference", why)
 
 

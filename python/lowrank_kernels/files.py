@@ -98,14 +98,24 @@ class _Text(NamedTuple):
     width: int
 
     def records(self) -> Iterator[tuple[int, list[str]]]:
-        """(line number, cells) of every record below the header, blank lines as []; slow, for errors."""
+        """(line number, cells) of every record from the first data line on, blank lines as []; slow, for errors."""
         reader = csv.reader(io.StringIO(self.data.decode("utf-8-sig"), newline=""), delimiter=self.separator)
+        above = self.header is not None
+        started = False
         try:
-            for number, cells in enumerate(reader):
-                if number > 0 or self.header is None:
+            for cells in reader:
+                filled = any(cell.strip() for cell in cells) or len(cells) > 1
+                started = started or (filled and not above)
+                if started:
                     yield reader.line_num, cells
+                above = above and not filled
         except csv.Error as error:
             raise InputError(f"{self.path}: line {reader.line_num}: {error}") from error
+
+    def lines_above(self) -> int:
+        """Lines above the first data line: the header and blank ones."""
+        first = next(self.records(), None)
+        return 0 if first is None else first[0] - 1 - sum(cell.count("\n") for cell in first[1])
 
     def line(self, record: int) -> int:
         """Line number of a record below the header."""
@@ -147,9 +157,9 @@ def _open_text(path: PathLike, header: bool | None = None) -> _Text:
     tabs = str(path).lower().endswith((".tsv", ".tab"))
     separator = "\t" if tabs else max(",\t;|", key=first.count)  # the first of equals: a comma
     cells = next(csv.reader([first], delimiter=separator))
-    if header is None:  # a number in the first line means data, except column numbers 0, 1, 2 ...
+    if header is None:  # a number in the first line means data, except five or more column numbers 0, 1, 2 ...
         numbers = [_number(cell) for cell in cells]
-        counted = len(cells) > 2 and numbers in ([float(j) for j in range(len(cells))], [j + 1.0 for j in range(len(cells))])
+        counted = len(cells) > 4 and numbers in ([float(j) for j in range(len(cells))], [j + 1.0 for j in range(len(cells))])
         header = counted or (any(cell.strip() for cell in cells) and all(x is None for x in numbers))
         if header and _all_missing(cells):
             header = False
@@ -179,27 +189,24 @@ def _read_strings(text: _Text, wanted: Sequence[str]) -> tuple[pl.DataFrame, NDA
     """The wanted columns as text and each kept row's record number; blank lines are dropped, ragged ones refused."""
     polars = extra("polars", "reading CSV")
     names = _names(text)
+    if next(text.records(), None) is None:
+        raise InputError(f"{text.path}: a header but no data below it")
+    above = text.lines_above()
     try:
         frame = polars.read_csv(
-            text.data,
+            text.data.split(b"\n", above)[above] if above else text.data,
             separator=text.separator,
             has_header=False,  # columns by position: names may need quoting
-            skip_lines=0 if text.header is None else _lines_above_data(text),
-            new_columns=names,
-            infer_schema=False,
+            schema=dict.fromkeys(names, polars.String),
         )
     except (polars.exceptions.PolarsError, TypeError) as error:
-        if not isinstance(error, polars.exceptions.NoDataError):
-            _refuse_ragged(text)
-            raise InputError(f"{text.path}: not readable as a table: {str(error).splitlines()[0]}") from error
-        frame = polars.DataFrame({name: [] for name in names}, schema=dict.fromkeys(names, polars.String))
-    if frame.height == 0:
-        raise InputError(f"{text.path}: a header but no data below it")
+        _refuse_ragged(text)
+        raise InputError(f"{text.path}: not readable as a table: {str(error).splitlines()[0]}") from error
     if frame.width != text.width:
         _refuse_ragged(text)
     records = np.arange(frame.height)
     blank = np.zeros(frame.height, dtype=bool)
-    if re.search(rb"\n[ \t]*\r?\n", text.data) or text.data.startswith((b"\n", b"\r\n")):
+    if re.search(rb"\n[ \t]*\r?\n", text.data):
         for number, (_, cells) in enumerate(text.records()):
             blank[number] = not any(cell.strip() for cell in cells) and len(cells) <= 1
     full = (frame.height - int(blank.sum()) + (text.header is not None)) * (text.width - 1)
@@ -208,13 +215,6 @@ def _read_strings(text: _Text, wanted: Sequence[str]) -> tuple[pl.DataFrame, NDA
     if blank.any():
         frame, records = frame.filter(~polars.Series(blank)), records[~blank]
     return frame.select(wanted), records
-
-
-def _lines_above_data(text: _Text) -> int:
-    reader = csv.reader(io.StringIO(text.data.decode("utf-8-sig"), newline=""), delimiter=text.separator)
-    while not any(next(reader)):
-        pass
-    return reader.line_num
 
 
 def _refuse_ragged(text: _Text) -> None:
@@ -311,7 +311,7 @@ def _read_roles(path: PathLike, explicit: dict[str, str | None]) -> tuple[dict[s
     if str(path).lower().endswith((".parquet", ".pq")):
         return _read_parquet(path, explicit)
     text = _open_text(path)
-    if text.header is None and text.data.split(b"\n", 1)[0].count(b"::") >= 2:
+    if any("::" in name for name in _names(text)) or (text.header is None and b"::" in text.data[:200]):
         raise InputError(f"{path}: columns separated by '::' are not supported; convert them: sed 's/::/\\t/g'")
     names = _names(text)
     given = {role: _positional(name, names, text) for role, name in explicit.items()}
@@ -468,7 +468,7 @@ def read_dense(path: PathLike, missing_value: float | None = None, header: bool 
 
     Missing are empty cells, NA, N/A, NaN, null, none, ? and ``missing_value`` (a sentinel such as -200). Leading columns
     whose first cell is text (names, dates), or a first column without a name, become ``labels``.
-    A first line without any number is the header.
+    A first line without any number is the header, and so is one that counts five or more columns: 0,1,2,3,4.
 
     Raises:
         InputError: text in a column of numbers, an infinite value, a line too short or long, no observed cell.
@@ -758,16 +758,27 @@ def _rename_new(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
 
 
+def _whole(fill: Callable[[BinaryIO], object]) -> Callable[[BinaryIO], object]:
+    """Serialize in memory, then write: polars and NumPy hide the system's reason when their own writing fails."""
+
+    def write(handle: BinaryIO) -> None:
+        buffer = io.BytesIO()
+        fill(buffer)
+        handle.write(buffer.getbuffer())
+
+    return write
+
+
 def write_table(path: PathLike, columns: dict[str, Any], overwrite: bool = False) -> None:
     """Write named columns as .csv, .tsv or .parquet."""
     check_output(path, overwrite, (".csv", ".tsv", ".parquet"))
     frame = extra("polars", "writing tables").DataFrame({name: np.asarray(column) for name, column in columns.items()})
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
-        write_atomically(path, frame.write_parquet, overwrite)
+        write_atomically(path, _whole(frame.write_parquet), overwrite)
     else:
         separator = "\t" if suffix == ".tsv" else ","
-        write_atomically(path, lambda handle: frame.write_csv(handle, separator=separator), overwrite)
+        write_atomically(path, _whole(lambda handle: frame.write_csv(handle, separator=separator)), overwrite)
 
 
 def write_arrays(path: PathLike, arrays: dict[str, Any], overwrite: bool = False) -> None:
@@ -785,17 +796,14 @@ def write_dense(path: PathLike, dense: Dense, overwrite: bool = False) -> None:
     check_output(path, overwrite, (".csv", ".tsv", ".npy"))
     suffix = Path(path).suffix.lower()
     if suffix == ".npy":
-        write_atomically(path, lambda handle: np.save(handle, dense.values, allow_pickle=False), overwrite)
+        write_atomically(path, _whole(lambda handle: np.save(handle, dense.values, allow_pickle=False)), overwrite)
         return
     polars = extra("polars", "writing CSV")
     names = dense.columns or [f"column {j + 1}" for j in range(dense.values.shape[1])]
     frame = polars.DataFrame({**(dense.labels or {}), **dict(zip(names, dense.values.T, strict=True))}).fill_nan(None)
+    separator, header = "\t" if suffix == ".tsv" else ",", dense.columns is not None
     write_atomically(
-        path,
-        lambda handle: frame.write_csv(
-            handle, separator="\t" if suffix == ".tsv" else ",", include_header=dense.columns is not None
-        ),
-        overwrite,
+        path, _whole(lambda handle: frame.write_csv(handle, separator=separator, include_header=header)), overwrite
     )
 
 
