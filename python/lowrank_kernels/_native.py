@@ -19,7 +19,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("LOWRANK_KERNELS_NATIVE", "1") == "0":
         return None, "switched off by LOWRANK_KERNELS_NATIVE=0"
     try:
-        from . import _C  # type: ignore[attr-defined]
+        from . import _C
     except ImportError as error:
         return None, f"the compiled module lowrank_kernels._C did not load: {error}"
     return _C, ""

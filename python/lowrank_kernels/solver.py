@@ -259,6 +259,9 @@ def start(
     m, n = entries.shape
     row, col = damped_biases(entries, rows=row_bias, columns=col_bias)
     gradient = masked_gradient(entries, row_bias=row, col_bias=col)
+    if rank < 2:  # a single row or column: the biases say everything
+        core = init_scale * torch.eye(2, dtype=row.dtype, device=row.device).repeat(depth, 1, 1)
+        return CompletionModel(row.new_zeros(m, 2), core, row.new_zeros(n, 2), row, col)
     factors = compress(gradient, rank, depth=depth, init_scale=init_scale, generator=generator, dtype=entries.dtype)
     left = factors.left * (frame_scale * math.sqrt(m)) * (entries.row_counts() > 0)[:, None]
     columns = factors.right.t().contiguous() * (frame_scale * math.sqrt(n)) * (entries.col_counts() > 0)[:, None]
@@ -465,7 +468,7 @@ def train(
                 break
     except KeyboardInterrupt:
         status = Status.INTERRUPTED
-    if validation is not None:
+    if validation is not None or status is Status.INTERRUPTED:  # an interrupted step may have changed half of the factors
         model.copy_(best)
     if status is Status.MAX_STEPS and _settled(history):
         status = Status.CONVERGED
