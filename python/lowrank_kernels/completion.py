@@ -237,7 +237,7 @@ class DeepMatrixCompletion(RegressorMixin, BaseEstimator):
             patience=self.patience,
             warm=warm,
         )
-        with _progress(self.progress, max_steps, scale) as callback:
+        with progress_callback(self.progress, max_steps, scale) as callback:
             result = solver.train(model, entries, options, validation=validation, callback=callback)
         self.left_ = model.left.cpu().numpy()
         self.core_ = model.core.cpu().numpy()
@@ -535,7 +535,7 @@ def _in_units(record: dict[str, float], scale: float) -> dict[str, float]:
     return {name: value * scale if name.endswith("_rmse") else value for name, value in record.items() if name != "loss"}
 
 
-class _progress:
+class progress_callback:
     """The callback of ``progress=``: none, the caller's, or a rich progress bar for as long as the training runs."""
 
     def __init__(self, wanted: bool | Callable[[int, int, dict[str, float]], None], max_steps: int, scale: float) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compression import CompressedFactors, compress, masked_gradient
+from .compression import CompressedFactors, compress, masked_gradient, top_singular_vectors
 from .entries import ObservedEntries, SortedEntries
 from .ops import completion_loss_and_gradients
 from .ops.completion import completion_sides, entry_sums
@@ -222,7 +222,7 @@ def damped_biases(
     def half(bias: Tensor, sums: Tensor | None, side: SortedEntries, damp: float) -> Tensor:
         assert sums is not None
         weight = side.offsets.diff() if side.weights is None else _segment_sum(side.weights, side.offsets)
-        return (bias * weight - sums) / (weight + damp)
+        return (bias * weight - sums) / (weight + damp).clamp(min=TINY)
 
     for _ in range(rounds):
         for own in ("columns", "rows"):
@@ -266,6 +266,23 @@ def start(
     left = factors.left * (frame_scale * math.sqrt(m)) * (entries.row_counts() > 0)[:, None]
     columns = factors.right.t().contiguous() * (frame_scale * math.sqrt(n)) * (entries.col_counts() > 0)[:, None]
     return CompletionModel(left, factors.core, columns, row, col)
+
+
+def spectral_start(
+    entries: ObservedEntries, rank: int, *, depth: int = 3, generator: torch.Generator | None = None
+) -> CompletionModel:
+    """Column means, then the top ``rank`` singular directions of the residual, at their own size; cores ``I``.
+
+    For dense tables with few columns, where the whole spectrum matters: with D the masked residual, observed at a rate p_j,
+    ``left = sqrt(m) U`` has unit variance and ``columns = V S / sqrt(m p_j)``.
+    """
+    m = entries.shape[0]
+    row, col = damped_biases(entries, rows=False, damping=(0.0, 0.0), rounds=1)
+    u, s, v = top_singular_vectors(masked_gradient(entries, row_bias=row, col_bias=col), rank, generator=generator)
+    rate = (entries.col_counts() / m).clamp(min=1 / m)
+    core = torch.eye(rank, dtype=row.dtype, device=row.device).repeat(depth, 1, 1)
+    left, columns = -u * math.sqrt(m), v * s / (m * rate.to(v.dtype)[:, None]).sqrt()
+    return CompletionModel(left.to(row.dtype).contiguous(), core, columns.to(row.dtype).contiguous(), row, col)
 
 
 class _Side:
