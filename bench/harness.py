@@ -1,0 +1,547 @@
+"""What every bench shares: contenders checked against float64, interleaved timing, rows appended to a CSV file.
+
+A *contender* is one way to compute a thing. All contenders of a case run in one process, round-robin, once per thread
+count, so that a slow second of the machine hits all of them. A contender whose result is wrong gets no row: its error is
+printed and the run ends with a non-zero status. A *bar* is a limit set beforehand; rows that miss it stay, marked "no".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import gc
+import importlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lowrank_kernels
+from lowrank_kernels import _native
+from lowrank_kernels.testing import error_and_limit
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "bench" / "data"
+
+COLUMNS = [
+    *("date", "revision", "dirty", "machine", "simd", "python", "torch", "package", "load"),
+    *("bench", "case", "contender", "threads", "dtype"),
+    *("median_ms", "min_ms", "q25_ms", "q75_ms", "repeats"),
+    *("gflops", "share_sgemm", "gbs", "share_copy", "peak_mb"),
+    *("error", "metric", "value", "baseline", "ratio", "bar", "met", "note"),
+]
+
+Outputs = dict[str, Tensor]
+
+
+class Skipped(Exception):
+    """Raised by a bench or a contender that cannot run here; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit on ``"ratio"`` (times faster than the baseline), on ``"ms"`` or on the row's metric."""
+
+    quantity: str
+    limit: float
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.quantity} {'>=' if self.at_least else '<='} {self.limit:g}"
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+@dataclass
+class Contender:
+    """One way to compute a case. ``make(threads)`` prepares it and returns what is timed."""
+
+    name: str
+    make: Callable[[int], Callable[[], Any]]
+    outputs: Callable[[Any], Outputs] = dict  # from the raw result, outside the timing
+    ours: bool = False
+    plain: bool = False  # plain PyTorch in the same dtype: ours may have twice its error
+    optional: bool = False  # may fail where its tools are missing (a compiler); others that fail are errors
+    needs_gb: float = 0.0  # memory; skipped where less is free
+    peak: tuple[str, ...] = ()  # arguments of peak_memory(), where memory matters
+
+
+@dataclass
+class Timing:
+    seconds: list[float]
+    inner: int = 1
+
+    def columns(self) -> dict[str, Any]:
+        ms = sorted(1e3 * s for s in self.seconds)
+        quartiles = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else [ms[0]] * 3
+        return {
+            "median_ms": statistics.median(ms),
+            "min_ms": ms[0],
+            "q25_ms": quartiles[0],
+            "q75_ms": quartiles[2],
+            "repeats": len(ms),
+        }
+
+
+@dataclass
+class Session:
+    """One run of the benches: where rows go, what was skipped, what was wrong."""
+
+    out: Path
+    quick: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    ceilings: dict[int, tuple[float, float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+
+    def __post_init__(self) -> None:
+        self.facts = self.facts or machine_facts()
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        return (1, 2) if (os.cpu_count() or 1) > 1 and not self.quick else (1,)
+
+    def ceiling(self, threads: int) -> tuple[float, float]:
+        """Measured (sgemm GFLOP/s, copy GB/s) of this machine; the call must be inside use_threads(threads)."""
+        if threads not in self.ceilings:
+            self.ceilings[threads] = measure_ceilings(self.quick)
+        return self.ceilings[threads]
+
+    def skip(self, what: str, reason: str) -> None:
+        self.skipped.append((what, reason))
+        self.say(f"  skipped: {what}: {reason}")
+
+    def fail(self, what: str) -> None:
+        self.errors.append(what)
+        self.say(f"  WRONG: {what}")
+
+    def record(self, bench: str, case: str, contender: str, *, bars: Sequence[Bar] = (), **values: Any) -> dict[str, Any]:
+        """Append one row; ``bars`` are judged on the row's own ratio, median_ms or metric."""
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+        row |= self.facts | {"date": _now(), "load": load, "bench": bench, "case": case, "contender": contender}
+        unknown = set(values) - set(COLUMNS)
+        if unknown:
+            raise KeyError(f"a row has no column {sorted(unknown)}")
+        row |= {name: "" if value is None else value for name, value in values.items()}
+        if bars:
+            measured = {"ratio": row["ratio"], "ms": row["median_ms"], row["metric"]: row["value"]}
+            row["bar"] = "; ".join(map(str, bars))
+            # A bar whose quantity could not be measured is not met.
+            good = [isinstance(measured.get(b.quantity), (int, float)) and b.met(measured[b.quantity]) for b in bars]
+            row["met"] = "yes" if all(good) else "no"
+        self.rows.append(row)
+        append_rows(self.out, [row])
+        return row
+
+    def compare(
+        self,
+        bench: str,
+        case: str,
+        contenders: Sequence[Contender],
+        *,
+        oracle: Outputs,  # float64; a contender's outputs are looked up by name
+        against: Sequence[str] = (),  # the baseline is the fastest of these; default: of all that are not ours
+        bars: Sequence[tuple[str, int, Bar]] = (),  # (contender, threads, bar)
+        dtype: str = "float32",
+        flops: float | None = None,  # useful work and compulsory traffic of one call, the same for every contender
+        bytes_moved: float | None = None,
+        seconds: float = 3.0,  # timing budget of a contender
+        max_repeats: int = 31,
+        min_repeats: int = 5,
+    ) -> None:
+        """Check, then time every contender at every thread count, and record the rows."""
+        self.say(f"{bench}: {case}")
+        if self.quick:
+            seconds, max_repeats, min_repeats = 0.02, 3, 2
+        peaks: dict[str, float] = {}
+        for threads in self.threads:
+            with use_threads(threads):
+                ready, wrong = self._prepare(case, contenders, threads, oracle, dtype)
+                sgemm, copy = self.ceiling(threads)
+                timings = interleave({c.name: run for c, run in ready}, seconds, min_repeats, max_repeats)
+            medians = {name: t.columns()["median_ms"] for name, t in timings.items()}
+            others = {c.name: medians[c.name] for c, _ in ready if not c.ours}
+            candidates = {name: medians[name] for name in against or others if name in medians}
+            baseline = min(candidates, key=candidates.__getitem__) if candidates else None
+            fastest = min(others, key=others.__getitem__) if others else None
+            for c, _ in ready:
+                columns = timings[c.name].columns()
+                if c.peak and not self.quick and c.name not in peaks:
+                    peaks[c.name] = peak_memory(*c.peak)
+                per_second = 1e-6 / columns["median_ms"]  # to giga-units a second
+                rate = {}
+                if flops:
+                    rate |= {"gflops": flops * per_second, "share_sgemm": flops * per_second / sgemm}
+                if bytes_moved:
+                    rate |= {"gbs": bytes_moved * per_second, "share_copy": bytes_moved * per_second / copy}
+                note = ""
+                if c.ours and fastest and fastest != baseline:
+                    note = f"fastest other: {fastest}, ratio {others[fastest] / columns['median_ms']:.3g}"
+                self.record(
+                    bench,
+                    case,
+                    c.name,
+                    threads=threads,
+                    dtype=dtype,
+                    **columns,
+                    **rate,
+                    peak_mb=peaks.get(c.name),
+                    error=wrong[c.name],
+                    baseline=baseline,
+                    ratio=candidates[baseline] / columns["median_ms"] if baseline else None,
+                    bars=[bar for name, at, bar in bars if name == c.name and at == threads],
+                    note=note,
+                )
+            ready.clear()
+
+    def _prepare(
+        self, case: str, contenders: Sequence[Contender], threads: int, oracle: Outputs, dtype: str
+    ) -> tuple[list[tuple[Contender, Callable[[], Any]]], dict[str, float]]:
+        """Contenders that gave the right result, with what is timed, and their relative errors."""
+        ready: list[tuple[Contender, Callable[[], Any]]] = []
+        errors: dict[str, float] = {}
+        limits: dict[str, float] = {}  # output -> the error that plain PyTorch's own allows
+        for c in sorted(contenders, key=lambda c: (c.ours, not c.plain)):  # plain PyTorch first
+            if c.needs_gb > free_gb():
+                self.skip(f"{case}, {c.name}", f"needs about {c.needs_gb:.1f} GB of memory, {free_gb():.1f} GB are free")
+                continue
+            try:
+                run = c.make(threads)
+                got = {name: tensor.detach() for name, tensor in c.outputs(run()).items()}
+            except Skipped as reason:
+                self.skip(f"{case}, {c.name}", str(reason))
+                continue
+            except Exception as error:
+                complaint = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+                if c.optional:
+                    self.skip(f"{case}, {c.name}", complaint)
+                else:
+                    self.fail(f"{case}, {c.name}, {threads} threads: {complaint}")
+                continue
+            errors[c.name], complaint = judge(got, oracle, dtype, limits if c.ours else {})
+            if complaint:
+                self.fail(f"{case}, {c.name}, {threads} threads: {complaint}")
+                continue
+            if c.plain:
+                for name, tensor in got.items():
+                    limit = error_and_limit(tensor, tensor, oracle[name])[1]
+                    limits[name] = max(limits.get(name, 0.0), limit)
+            ready.append((c, run))
+        return ready, errors
+
+
+# ---------------------------------------------------------------------- correctness
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """``|got - wanted| / |wanted|`` in the Frobenius norm, in float64."""
+    if got.shape != wanted.shape:
+        return math.inf
+    scale = float(wanted.norm()) or 1.0
+    error = float((got.double() - wanted).norm()) / scale
+    return math.inf if math.isnan(error) else error
+
+
+def judge(got: Outputs, oracle: Outputs, dtype: str, limits: dict[str, float]) -> tuple[float, str]:
+    """The largest relative error, and a complaint or "".
+
+    Anyone's relative error may be 1e-4 in float32 and 1e-12 in float64: no contender is refused for its rounding. Where
+    ``limits`` has the largest errors that the rule of lowrank_kernels.testing allows, they hold as well.
+    """
+    if not got:
+        return math.inf, "no output to check"
+    worst = 0.0
+    right = 1e-12 if dtype == "float64" else 1e-4
+    for name, tensor in got.items():
+        relative = relative_error(tensor, oracle[name])
+        worst = max(worst, relative)
+        if not relative <= right:
+            return relative, f"{name} has relative error {relative:.2e} against float64, at most {right:.0e} is right"
+        if name in limits:
+            error = error_and_limit(tensor, tensor, oracle[name])[0]
+            if not error <= limits[name]:
+                return relative, f"{name} is off by {error:.2e}, plain PyTorch's rounding allows {limits[name]:.2e}"
+    return worst, ""
+
+
+# ---------------------------------------------------------------------- time
+
+
+@contextlib.contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Torch, BLAS and OpenMP pools at ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):  # comes with scikit-learn
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(threadpool_limits(count))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def interleave(runs: dict[str, Callable[[], Any]], seconds: float, min_repeats: int, max_repeats: int) -> dict[str, Timing]:
+    """Round-robin medians: in each round every contender is sampled once; slow ones sit out some rounds.
+
+    A sample of a fast contender is a loop of about 5 ms after one untimed call, so that it runs as in a training loop and
+    not on the caches its predecessor left.
+    """
+    once: dict[str, float] = {}
+    for name, run in runs.items():
+        run()  # warm-up
+        start = time.perf_counter()
+        run()
+        once[name] = time.perf_counter() - start
+    inner = {name: max(1, min(2000, math.ceil(5e-3 / max(t, 1e-7)))) if t < 5e-3 else 1 for name, t in once.items()}
+    count = {
+        name: max(min_repeats, min(max_repeats, int(seconds / max(once[name] * (inner[name] + 1), 1e-9)))) for name in runs
+    }
+    timings = {name: Timing([], inner[name]) for name in runs}
+    rounds = max(count.values(), default=0)
+    names = list(runs)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            for i in range(len(names)):
+                name = names[(i + r) % len(names)]
+                if (r + 1) * count[name] // rounds == r * count[name] // rounds:
+                    continue
+                run, loops = runs[name], range(inner[name])
+                if once[name] < 0.05:
+                    run()
+                start = time.perf_counter()
+                for _ in loops:
+                    run()
+                timings[name].seconds.append((time.perf_counter() - start) / len(loops))
+            gc.collect(0)
+    finally:
+        if collecting:
+            gc.enable()
+    return timings
+
+
+def once_per_round(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Timing], dict[str, Any]]:
+    """Whole fits: every contender ``repeats`` times, interleaved, no warm-up beyond the first; and the last results."""
+    timings = {name: Timing([]) for name in runs}
+    results: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            gc.collect()
+            start = time.perf_counter()
+            results[name] = run()
+            timings[name].seconds.append(time.perf_counter() - start)
+    return timings, results
+
+
+def measure_ceilings(quick: bool) -> tuple[float, float]:
+    """(sgemm GFLOP/s, copy GB/s, read plus write), the best of a few runs at the current thread count."""
+    size, count = (128, 1 << 18) if quick else (2048, 1 << 25)
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty_like(a)
+    source, target = torch.ones(count), torch.empty(count)
+
+    def best(run: Callable[[], Any]) -> float:
+        run()
+        samples = []
+        for _ in range(7):
+            start = time.perf_counter()
+            run()
+            samples.append(time.perf_counter() - start)
+        return min(samples)
+
+    return 2e-9 * size**3 / best(lambda: torch.mm(a, b, out=out)), 8e-9 * count / best(lambda: target.copy_(source))
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def free_gb() -> float:
+    """Memory available without swapping; infinite where the system does not say."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if match:
+            return int(match[1]) / 1e6
+    return math.inf
+
+
+def peak_memory(module: str, function: str, *arguments: str) -> float:
+    """Extra megabytes at the peak of one call, measured in a fresh process; NaN where the system does not tell.
+
+    ``module.function(*arguments)`` returns ``(warm, run)``: warm() touches the libraries on a tiny case, run() is
+    measured. Torch's allocator is malloc, so tracemalloc sees nothing; the kernel's high-water mark does.
+    """
+    # Freed blocks go back to the system at once: what an earlier step left must not hide the peak.
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "bench.harness", module, function, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr}")
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_mb"])
+
+
+def _memory_child(module: str, function: str, *arguments: str) -> None:
+    warm, run = getattr(importlib.import_module(module), function)(*arguments)
+    warm()
+    gc.collect()
+    before = _status_kb("VmRSS")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark restarts at the present size
+    run()
+    print(json.dumps({"peak_mb": (_status_kb("VmHWM") - before) / 1e3}))
+
+
+def _status_kb(name: str) -> float:
+    with contextlib.suppress(OSError):
+        match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if match:
+            return float(match[1])
+    return math.nan
+
+
+# ---------------------------------------------------------------------- machine
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def machine_slug() -> str:
+    """CPU model and cores, such as ``intel-core-i7-9750h-12-cores``."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = match[1] if match else model
+    model = re.sub(r"\((R|TM)\)|CPU|Processor|@.*|\d+-Core", "", model, flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", f"{model} {os.cpu_count()} cores".lower()).strip("-")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def machine_facts() -> dict[str, Any]:
+    # What benches write themselves does not make a revision dirty.
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/data", ":!docs/figures", ":!README.md", ":!bench/README.md")
+    return {
+        "revision": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "dirty": "yes" if changed else "no",
+        "machine": machine_slug(),
+        "simd": _native._C.simd_level() if _native.has_cpu() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "package": lowrank_kernels.__version__,
+    }
+
+
+def warn_if_busy(say: Callable[[str], None]) -> bool:
+    """Timings of a busy machine say nothing; the load at the time stands in every row."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.3:
+        say(f"warning: the load average is {load:.1f}: others are running, and the timings will show it")
+        return True
+    return False
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to a CSV file; what was there stays as it is, and the file is replaced in one move."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if old and old.splitlines()[0].split(",") != COLUMNS:
+        raise ValueError(f"{path} has other columns than this version writes; give another file with --out")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if not old:
+        writer.writeheader()
+    elif not old.endswith("\n"):
+        old += "\n"
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    write_atomically(path, old + text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+def print_table(session: Session) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    table = Table(title=f"{session.facts['machine']}, SIMD {session.facts['simd']}, torch {session.facts['torch']}")
+    for name in ("case", "contender", "threads", "ms", "GFLOP/s", "GB/s", "peak MB", "result", "x baseline", "bar", "met"):
+        table.add_column(name, justify="left" if name in ("case", "contender", "bar") else "right")
+
+    def number(value: Any, form: str = ".3g") -> str:
+        return format(value, form) if isinstance(value, (int, float)) and not math.isnan(value) else ""
+
+    last = None
+    for row in session.rows:
+        if last not in (None, row["case"]):
+            table.add_section()
+        last = row["case"]
+        table.add_row(
+            row["case"],
+            row["contender"],
+            str(row["threads"]),
+            number(row["median_ms"], ".4g"),
+            number(row["gflops"]),
+            number(row["gbs"]),
+            number(row["peak_mb"]),
+            f"{row['metric']} {number(row['value'], '.4g')}".strip(),
+            number(row["ratio"]),
+            row["bar"],
+            {"yes": "[green]yes", "no": "[red]no"}.get(row["met"], ""),
+        )
+    console.print(table)
+    for threads, (sgemm, copy) in sorted(session.ceilings.items()):
+        console.print(f"ceilings with {threads} thread(s): sgemm {sgemm:.0f} GFLOP/s, copy {copy:.1f} GB/s")
+    for what, reason in session.skipped:
+        console.print(f"skipped: {what}: {reason}")
+    for error in session.errors:
+        console.print(f"[red]wrong:[/red] {error}")
+
+
+if __name__ == "__main__":
+    _memory_child(*sys.argv[1:])

@@ -1,0 +1,267 @@
+"""``python -m bench.plot``: figures and Markdown tables from the rows in ``bench/data``.
+
+The newest row of each case, contender and thread count counts. Writes ``docs/figures/*.png`` and the blocks between
+``<!-- bench:begin -->`` and ``<!-- bench:end -->``: in README.md the rows with a bar and those we lose, in bench/README.md
+all of them. ``--check`` writes nothing and exits with 1 when a block or a figure is not what the rows give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .harness import DATA, ROOT, read_rows, write_atomically
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OURS = "lowrank_kernels"
+
+Row = dict[str, str]
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """One row a machine, bench, case, contender and thread count, in the order in which cases first appear."""
+    keys = ("machine", "bench", "case", "contender", "threads")
+    latest: dict[tuple[str, ...], Row] = {}
+    for row in rows:  # files are append-only: later is newer
+        latest[tuple(row[key] for key in keys)] = row
+    return list(latest.values())
+
+
+def number(text: str, digits: int = 3) -> str:
+    if not text:
+        return ""
+    value = float(text)
+    return (
+        f"{value:.{digits}g}" if 1e-3 <= abs(value) < 10**digits or value == 0 else f"{value:.{digits}g}".replace("e-0", "e-")
+    )
+
+
+def milliseconds(text: str) -> str:
+    if not text:
+        return ""
+    value = float(text)
+    return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms"
+
+
+def result(row: Row) -> str:
+    return f"{row['metric']} {number(row['value'], 4)}" if row["metric"] else ""
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, lines)])
+
+
+def speed(row: Row) -> str:
+    if not row["ratio"] or row["contender"] == row["baseline"]:
+        return ""
+    return f"{number(row['ratio'])}x {row['baseline']}"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """For README.md: what has a bar, and what we lose against the fastest other."""
+    barred = [
+        [r["case"], r["contender"], r["threads"], milliseconds(r["median_ms"]), result(r), speed(r), r["bar"], r["met"]]
+        for r in rows
+        if r["bar"]
+    ]
+    parts = [
+        table(("what", "how", "threads", "median", "result", "speed", "bar, set beforehand", "met"), barred),
+    ]
+    lost = []
+    for row in rows:
+        others = [
+            r
+            for r in rows
+            if all(r[key] == row[key] for key in ("machine", "bench", "case", "threads"))
+            and OURS not in r["contender"]
+            and r["median_ms"]
+        ]
+        if row["bench"] != "completion" or OURS not in row["contender"] or "bare" in row["contender"] or not others:
+            continue
+        best = min(others, key=lambda r: float(r["median_ms"]))
+        if float(best["median_ms"]) < float(row["median_ms"]):
+            cells = [row["case"], row["contender"], row["threads"], milliseconds(row["median_ms"])]
+            lost.append([*cells, f"{best['contender']}: {milliseconds(best['median_ms'])}"])
+    if lost:
+        parts.append("Where something else is faster:")
+        parts.append(table(("what", "how", "threads", "median", "fastest other"), lost))
+    return "\n\n".join(parts)
+
+
+def everything(rows: Sequence[Row]) -> str:
+    header = ("contender", "threads", "median", "quartiles, ms", "GFLOP/s", "of sgemm", "GB/s", "of copy")
+    header = (*header, "peak MB", "error", "result", "speed", "bar", "met", "note")
+    parts = []
+    for case in dict.fromkeys((r["bench"], r["case"]) for r in rows):
+        lines = [
+            [
+                r["contender"],
+                r["threads"],
+                milliseconds(r["median_ms"]),
+                f"{number(r['q25_ms'])} - {number(r['q75_ms'])}" if r["q25_ms"] else "",
+                number(r["gflops"]),
+                f"{float(r['share_sgemm']):.1%}" if r["share_sgemm"] else "",
+                number(r["gbs"]),
+                f"{float(r['share_copy']):.1%}" if r["share_copy"] else "",
+                number(r["peak_mb"]),
+                f"{float(r['error']):.0e}" if r["error"] else "",
+                result(r),
+                speed(r),
+                r["bar"],
+                r["met"],
+                r["note"],
+            ]
+            for r in rows
+            if (r["bench"], r["case"]) == case
+        ]
+        used = [i for i in range(len(header)) if any(line[i] for line in lines)]
+        body = table([header[i] for i in used], [[line[i] for i in used] for line in lines])
+        parts.append(f"### {case[0]}: {case[1]}\n\n{body}")
+    return "\n\n".join(parts)
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """Which machine, which software, when: under every table."""
+    lines = []
+    for machine in dict.fromkeys(r["machine"] for r in rows):
+        own = [r for r in rows if r["machine"] == machine]
+        dates = sorted(r["date"][:10] for r in own)
+        revisions = sorted({r["revision"] + ("+" if r["dirty"] == "yes" else "") for r in own})
+        versions = sorted({f"torch {r['torch']}, Python {r['python']}, SIMD {r['simd']}" for r in own})
+        load = max((float(r["load"]) for r in own if r["load"]), default=0.0)
+        when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+        lines.append(
+            f"{machine}; {'; '.join(versions)}; {when}; revision {', '.join(revisions)}; highest load average {load:.1f}. "
+            f"Medians, interleaved, checked against float64; rows in bench/data, made by `make bench`."
+        )
+    return "\n".join(lines)
+
+
+def block(file: Path, body: str) -> tuple[str, str]:
+    """The file's text now, and with the block replaced."""
+    text = file.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"{file.name}: wants exactly one {BEGIN} and, after it, one {END}; add them where the table belongs")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return text, f"{before}{BEGIN}\n{body}\n{END}{after}"
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def figures(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[Row]]]]:
+    """File name -> titled panels of rows."""
+    result: dict[str, list[tuple[str, list[Row]]]] = {}
+    timed = [r for r in rows if r["bench"] == "completion" and r["median_ms"]]
+    # One picture of the sizes, one of the other shapes.
+    sizes = [r for r in timed if " entries" in r["case"] and r["case"].endswith("k=16") and not r["case"].startswith("50 ")]
+    quality = [r for r in rows if r["bench"] in ("training", "peers") and r["metric"].startswith(("RMSE", "PSNR"))]
+    pictures = {"completion": sizes, "completion_shapes": [r for r in timed if r not in sizes], "quality": quality}
+    for name, chosen in pictures.items():
+        cases = dict.fromkeys((r["bench"], r["case"]) for r in chosen)
+        panels = [
+            (f"{bench}: {case}", [r for r in chosen if (r["bench"], r["case"]) == (bench, case)]) for bench, case in cases
+        ]
+        if panels:
+            result[f"{name}.png"] = panels
+    return result
+
+
+def digest(panels: list[tuple[str, list[Row]]]) -> str:
+    return hashlib.sha256(json.dumps(panels).encode()).hexdigest()
+
+
+def draw(path: Path, panels: list[tuple[str, list[Row]]]) -> None:
+    """Ours in colour: points of the metric where there is one, else of times on a logarithmic axis. Neither axis starts at
+    zero, so no bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    height = max(len(rows) for _, rows in panels)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.6 * columns, lines * (0.9 + 0.24 * height)), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, rows) in zip(axes.flat, panels, strict=False):
+        metric = rows[0]["metric"]
+        values = [float(r["value"] if metric else r["median_ms"]) for r in rows]
+        names = [f"{r['contender']} ({r['threads']})" for r in rows]
+        colours = ["#c1440e" if OURS in r["contender"] else "#9aa5b1" for r in rows]
+        places = range(len(rows), 0, -1)
+        axis.scatter(values, list(places), color=colours, zorder=3)
+        axis.hlines(list(places), 0, 1, transform=axis.get_yaxis_transform(), color="#e4e7eb", linewidth=0.8)
+        axis.set_yticks(list(places), names, fontsize=7)
+        axis.set_title(title, fontsize=8)
+        axis.tick_params(axis="x", labelsize=7)
+        if not metric:
+            axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.set_ylim(0.4, len(rows) + 0.6)
+        axis.set_xlabel(metric or "ms a step (number of threads in brackets)", fontsize=7)
+        for place, value in zip(places, values, strict=True):
+            axis.annotate(f"{value:.4g}", (value, place), (6, 0), textcoords="offset points", va="center", fontsize=6)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        figure.savefig(temporary, dpi=120, metadata={"Description": digest(panels), "Software": ""})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def is_current(path: Path, panels: list[tuple[str, list[Row]]]) -> bool:
+    """A figure carries the digest of its rows."""
+    return path.exists() and digest(panels).encode() in path.read_bytes()
+
+
+# ---------------------------------------------------------------------- command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=Path, nargs="+", help="default: all of bench/data")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--details", type=Path, default=ROOT / "bench" / "README.md", help="file for the table of all rows")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", metavar="FOLDER")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when something is stale")
+    options = parser.parse_args(arguments)
+    files = options.csv or sorted(DATA.glob("*.csv"))
+    rows = newest([row for file in files for row in read_rows(file)])
+    if not rows:
+        print(f"no rows in {DATA.relative_to(ROOT)}; run `make bench` first", file=sys.stderr)
+        return 1
+    stale = []
+    for file, body in ((options.readme, summary(rows)), (options.details, everything(rows))):
+        now, wanted = block(file, f"{body}\n\n{provenance(rows)}")
+        if now != wanted:
+            stale.append(file.name)
+            if not options.check:
+                write_atomically(file, wanted)
+    for name, panels in figures(rows).items():
+        if not is_current(options.figures / name, panels):
+            stale.append(name)
+            if not options.check:
+                draw(options.figures / name, panels)
+    if options.check and stale:
+        print(f"stale: {', '.join(stale)}; run `python -m bench.plot`", file=sys.stderr)
+        return 1
+    print(f"{len(rows)} rows; " + (f"wrote {', '.join(stale)}" if stale else "everything is current"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
