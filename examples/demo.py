@@ -19,7 +19,7 @@ PICTURE = HERE / "chelsea.png"
 
 def complete(*arguments: object) -> None:
     """Run and show one command."""
-    words = ["complete", *map(str, arguments), "--overwrite"]
+    words = ["complete", *map(str, arguments), "--threads", "1", "--overwrite"]  # small problems: threads would only wait
     print(f"\n$ lowrank-kernels {' '.join(os.path.relpath(w) if os.path.isabs(w) else w for w in words)}\n", flush=True)
     try:
         code = cli.group.main(words, standalone_mode=False)
@@ -46,7 +46,7 @@ def main() -> None:
 
     print("A photograph with 70 % of its pixels removed:")
     compare, picture, curve = out / "photograph_before_after.png", out / "photograph.png", out / "photograph_curve.png"
-    complete(PICTURE, "--sampling-rate", 0.3, "--rank", 20, "-o", picture, "--compare", compare, "--plot", curve)
+    complete(PICTURE, "--sampling-rate", 0.3, "-o", picture, "--compare", compare, "--plot", curve)
 
     found, places = ratings()
     if found is not None:

@@ -14,12 +14,22 @@ for library in ("click", "rich", "polars", "scipy", "PIL"):
     pytest.importorskip(library, reason="the command line needs lowrank-kernels[all]")
 
 import polars  # noqa: E402
+import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from lowrank_kernels import cli, files  # noqa: E402
 
 DATA = Path(os.environ.get("LOWRANK_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small problems, and --threads changes a setting of the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(*arguments):
@@ -249,8 +259,6 @@ def test_wrong_input_is_refused_with_one_line(tmp_path, ratings, photograph):
 
 
 def test_no_gpu_is_refused(ratings):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a usable GPU")
     assert "doctor" in refused(ratings, "--device", "cuda")
@@ -334,7 +342,19 @@ def test_progress_bar_reports_steps(monkeypatch, capsys):
 
 
 def test_the_real_command(tmp_path, ratings):
-    command = [sys.executable, "-m", "lowrank_kernels", "complete", ratings, "--rank", "4", "--max-steps", "20"]
+    command = [
+        sys.executable,
+        "-m",
+        "lowrank_kernels",
+        "complete",
+        ratings,
+        "--rank",
+        "4",
+        "--max-steps",
+        "20",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run([*command, "-o", tmp_path / "f.npz"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar where there is no terminal

@@ -323,7 +323,7 @@ def fit(o: Options, entries: Entries, shape: tuple[int, int], title: str) -> Fit
         fitted.scale = np.sqrt(squares / count)
         fitted.scale[fitted.scale == 0] = 1.0
     given = {"rank": o.rank, "depth": o.depth, "max_steps": o.max_steps, "device": o.device, "dtype": o.dtype}
-    arguments = {name: value for name, value in given.items() if value is not None}
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with _progress(title, hidden=o.quiet) as progress:
         try:
             fitted.model = DeepMatrixCompletion(random_state=o.seed, progress=progress, **arguments)
@@ -435,8 +435,8 @@ def factors(fitted: Fit) -> dict[str, Any]:
     return arrays
 
 
-def write_plot(path: str, history: list[dict[str, Any]], title: str, overwrite: bool) -> None:
-    """Training and validation RMSE over the steps."""
+def write_plot(path: str, history: list[dict[str, Any]], scored: list[Score], title: str, overwrite: bool) -> None:
+    """Training and, where the estimator held some out itself, validation RMSE over the steps; held-out errors as lines."""
     matplotlib = files.extra("matplotlib", "plots")
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
@@ -451,8 +451,10 @@ def write_plot(path: str, history: list[dict[str, Any]], title: str, overwrite: 
                 best = min(points, key=lambda point: point[1])
                 axes.plot(*best, "o", color=colour)
                 axes.annotate(
-                    f"best: {best[1]:.4g}", best, xytext=(0, -14), textcoords="offset points", color=colour, ha="center"
+                    f"best: {best[1]:.4g}", best, xytext=(0, 8), textcoords="offset points", color=colour, ha="center"
                 )
+    for score, colour in zip(scored[:2], ("#228833", "#888888"), strict=False):
+        axes.axhline(score.rmse, color=colour, linestyle="--", linewidth=1.4, label=f"held out, {score.name}: {score.rmse:.4g}")
     axes.set(xlabel="step", ylabel="RMSE", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -461,8 +463,8 @@ def write_plot(path: str, history: list[dict[str, Any]], title: str, overwrite: 
     files.write_atomically(path, lambda handle: figure.savefig(handle, format=kind, dpi=150), overwrite)
 
 
-def write_outputs(o: Options, problem: Problem, fitted: Fit) -> list[tuple[str, str]]:
-    """Write what was asked for; (what, path) of each file."""
+def write_outputs(o: Options, problem: Problem, fitted: Fit, report: Fit, scored: list[Score]) -> list[tuple[str, str]]:
+    """Write what was asked for; (what, path) of each file. ``report`` is the fit that ``scored`` belongs to."""
     written: list[tuple[str, str]] = []
     if o.output is not None:
         written.append((_write_output(o, problem, fitted), o.output))
@@ -470,7 +472,7 @@ def write_outputs(o: Options, problem: Problem, fitted: Fit) -> list[tuple[str, 
         files.write_picture(o.compare, side_by_side(problem, completed_picture(problem, fitted)), o.overwrite)
         written.append(("before and after", o.compare))
     if o.plot is not None:
-        write_plot(o.plot, fitted.model.history_, Path(o.file).name, o.overwrite)
+        write_plot(o.plot, report.model.history_, scored, Path(o.file).name, o.overwrite)
         written.append(("curve", o.plot))
     if o.save_model is not None:
         fitted.model.save(o.save_model, overwrite=o.overwrite)
@@ -581,9 +583,9 @@ def _fraction(low_open: bool) -> click.FloatRange:
 @click.option("--sampling-rate", type=_fraction(True), help="Keep this share of the pixels and score on the others (picture).")
 @click.option("--held-out", type=_fraction(False), default=0.1, show_default=True, help="Share of the entries to score on.")
 @click.option("--standardize", is_flag=True, help="Fit columns scaled to mean 0, standard deviation 1 (dense).")
-@click.option("--rank", type=click.IntRange(min=1), help="Width of the factors.")
-@click.option("--depth", type=click.IntRange(min=2), help="Number of factors, cores included.")
-@click.option("--max-steps", type=click.IntRange(min=1))
+@click.option("--rank", type=click.IntRange(min=2), help="Width of the factors, even; by default 32, less for a small matrix.")
+@click.option("--depth", type=click.IntRange(min=1), help="Number of cores between the outer factors.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Steps of the solver.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", help="cpu or cuda; by default the estimator's choice.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]))
@@ -640,7 +642,7 @@ def run(o: Options) -> int:
         fitted = fit(o, problem.observed, problem.shape, "fitting to all entries")
     if o.save_model is not None and fitted.mean is not None:
         problem.notes.append("the saved model predicts standardized columns")
-    written = write_outputs(o, problem, fitted)
+    written = write_outputs(o, problem, fitted, report, scored)
     if fitted.interrupted:
         problem.notes.append("interrupted: the best model so far was kept" + (" and written" if written else ""))
     if not o.quiet:
@@ -681,7 +683,7 @@ def _print(
             "model",
             f"inner width {model.left_.shape[1]}, {model.n_steps_:,} steps{', then fitted to all entries' if refit else ''}",
         ),
-        ("status", f"{model.status_.name.lower()}: {model.status_.message}"),
+        ("status", model.status_.message),
         ("seconds", f"{seconds:.1f}"),
     ]
     for name, value in lines:
