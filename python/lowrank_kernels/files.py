@@ -31,7 +31,7 @@ ROLE_NAMES = {  # column names in lower case, without _, - and spaces
     "row": ("row", "rowid", "rows", "user", "userid", "users", "uid", "i", "customer", "customerid", "reviewer", "reviewerid"),
     "col": ("col", "cols", "colid", "column", "columnid", "item", "itemid", "items", "iid", "j", "movie", "movieid", "product",
             "productid", "book", "bookid", "song", "songid", "track", "trackid", "artist", "artistid"),
-    "value": ("value", "values", "val", "rating", "ratings", "score", "scores", "stars", "y", "count", "weight"),
+    "value": ("value", "values", "val", "rating", "ratings", "score", "scores", "stars", "y", "count"),
 }  # fmt: skip
 SIGNATURES = (
     (b"\x89PNG", "a PNG picture"),
