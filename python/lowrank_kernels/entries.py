@@ -80,7 +80,7 @@ class ObservedEntries:
             weights: ``(Z,)`` finite, non-negative weights ``w_ij`` of the squared errors; by default all 1.
             duplicates: what a pair given twice means: ``"error"``; ``"mean"`` (weighted mean of the values; weights add);
                 ``"last"`` (the one given last counts).
-            dtype: float32 or float64; by default that of ``values``, or torch's default for integers.
+            dtype: float32 or float64; by default that of ``values``, or torch's default for integers and lists.
             device: where the entries live; by default that of ``values``.
 
         Raises:
@@ -156,6 +156,8 @@ class ObservedEntries:
                     f"got {tuple(observed.shape)}"
                 )
         row, col = observed.nonzero(as_tuple=True)
+        if not hasattr(matrix, "dtype"):
+            kwargs = {"dtype": torch.get_default_dtype(), **kwargs}
         return cls.from_coo(row, col, dense[row, col], shape=(dense.shape[0], dense.shape[1]), **kwargs)
 
     @classmethod
@@ -302,7 +304,8 @@ def _reals(name: str, data: ArrayLike | Tensor, dtype: torch.dtype | None) -> Te
     if t.is_complex():
         raise TypeError(f"ObservedEntries: {name} must hold real numbers, got {t.dtype}")
     if dtype is None:
-        dtype = t.dtype if t.dtype in (torch.float32, torch.float64) else torch.get_default_dtype()
+        sized = hasattr(data, "dtype") and t.dtype in (torch.float32, torch.float64)  # Python numbers have no dtype
+        dtype = t.dtype if sized else torch.get_default_dtype()
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"ObservedEntries: dtype must be float32 or float64, got {dtype}")
     return t.to(dtype)
