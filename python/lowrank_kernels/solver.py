@@ -91,10 +91,12 @@ def gradient_descent(
         callback: called as ``callback(step, loss, factors)`` at every check.
 
     Returns:
-        A :class:`SolverResult`. A non-finite loss ends as DIVERGED with the factors of the last finite check.
+        A :class:`SolverResult`. A non-finite loss (DIVERGED) and Ctrl-C (INTERRUPTED, also from the callback) end with the
+        factors of the last finite check.
 
     Raises:
-        ValueError: a learning rate that is not positive, a negative gamma, shapes that do not chain.
+        ValueError: a learning rate that is not positive and finite, a negative gamma, fewer than 0 steps, checks that are
+            less than 1 step apart, a divisor that is not positive, shapes that do not chain.
 
     Note: deterministic; the same result for any number of threads.
 
@@ -110,13 +112,20 @@ def gradient_descent(
 
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, equation (11) and Figure 5.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"gradient_descent: learning_rate must be positive, got {learning_rate}")
-    if gamma < 0:
-        raise ValueError(f"gradient_descent: gamma must not be negative, got {gamma}")
-    rate = learning_rate / (mean_over or 1)
-    left, core = factors.left.clone(), factors.core.clone()
-    columns = factors.right.t().contiguous().clone()  # (n, k): the layout the kernel gathers
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"gradient_descent: learning_rate must be positive and finite, got {learning_rate}")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gradient_descent: gamma must be finite and not negative, got {gamma}")
+    if max_steps < 0:
+        raise ValueError(f"gradient_descent: max_steps must be at least 0, got {max_steps}")
+    if check_every < 1:
+        raise ValueError(f"gradient_descent: check_every must be at least 1, got {check_every}")
+    if mean_over is not None and not mean_over > 0:
+        raise ValueError(f"gradient_descent: mean_over must be positive or None, got {mean_over}")
+    divisor = 1 if mean_over is None else mean_over
+    rate = learning_rate / divisor
+    left, core = factors.left.detach().clone(), factors.core.detach().clone()
+    columns = factors.right.detach().t().contiguous().clone()  # (n, k): the layout the kernel gathers
     last_finite = CompressedFactors(left.clone(), core.clone(), columns.clone().t())
     history: list[dict[str, float]] = []
     status, step, start = Status.MAX_STEPS, 0, time.perf_counter()
@@ -124,9 +133,9 @@ def gradient_descent(
         while True:
             loss, grads = completion_loss_and_gradients(left, core, columns.t(), entries)
             if step % check_every == 0 or step == max_steps:
-                value = float(loss) / (mean_over or 1)
+                value = float(loss) / divisor
                 history.append({"step": step, "loss": value, "seconds": time.perf_counter() - start})
-                if not torch.isfinite(torch.tensor(value)):
+                if not math.isfinite(value):
                     return SolverResult(last_finite, Status.DIVERGED, step, history)
                 last_finite = CompressedFactors(left.clone(), core.clone(), columns.clone().t())
                 if callback is not None:
@@ -141,8 +150,8 @@ def gradient_descent(
                 _descend(left, grads.left, gamma * rate)
                 _descend(columns, None if grads.right is None else grads.right.t(), gamma * rate)
             step += 1
-    except KeyboardInterrupt:
-        status = Status.INTERRUPTED
+    except KeyboardInterrupt:  # a step may have changed half of the factors
+        return SolverResult(last_finite, Status.INTERRUPTED, step, history)
     return SolverResult(CompressedFactors(left, core, columns.t()), status, step, history)
 
 
@@ -176,6 +185,9 @@ class CompletionModel:
     def copy_(self, other: CompletionModel) -> None:
         for name in self.__dataclass_fields__:
             getattr(self, name).copy_(getattr(other, name))
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(getattr(self, name)).all()) for name in self.__dataclass_fields__)
 
     def effective_left(self) -> Tensor:
         """``T = left @ core[L-1] ... core[0]`` (m, k)."""
@@ -465,14 +477,14 @@ def train(
             if step % UPDATE_EVERY and step != options.max_steps:
                 continue
             record = {"step": step, "loss": float(loss), "train_rmse": math.sqrt(2 * float(loss) / total_weight)}
-            if not math.isfinite(record["loss"]):
+            if validation is not None:
+                record["validation_rmse"] = _rmse(model, validation)
+            if not all(map(math.isfinite, record.values())) or not model.is_finite():  # the loss is that before the step
                 model.copy_(best)
                 status = Status.DIVERGED
                 break
             if validation is not None:
-                error = _rmse(model, validation)
-                record["validation_rmse"] = error
-                waited = 0 if error < best_error else waited + 1
+                waited = 0 if record["validation_rmse"] < best_error else waited + 1
             record["seconds"] = time.perf_counter() - began
             history.append(record)
             if validation is None or waited == 0:
