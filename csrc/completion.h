@@ -29,8 +29,9 @@ struct CompletionPass {
   T offset;                // mu
   const int64_t* plan;     // CPU: (plan_size) row boundaries of the units of work. CUDA: see completion_cuda.cu
   int64_t plan_size;
-  int64_t long_count;  // CUDA: rows that are split over several sub-warps; CPU: 0
-  double* loss_parts;  // partial sums of w E^2, summed in a fixed order; null: no loss wanted
+  int64_t long_count;  // CUDA: rows with more than long_row entries, done in segments of that many; CPU: 0
+  int64_t long_row;    // CUDA: the length `plan` was made with; CPU: not read
+  double* loss_parts;  // CPU: partial sums of w E^2, summed in a fixed order; null: no loss wanted. CUDA: not read
   T* own_grad;         // (M, K), or null
   T* own_bias_grad;    // (M), or null
   T* own_loss;         // (M): sum_j w_e E_e^2 of each row, or null
@@ -47,6 +48,18 @@ LRK_DECLARE_COMPLETION(portable)
 LRK_DECLARE_COMPLETION(avx2)
 LRK_DECLARE_COMPLETION(avx512)
 #endif
+#undef LRK_DECLARE_COMPLETION
+
+// CUDA: pointers are device memory, rows of own, other and own_grad 16-byte aligned, width a multiple of 16 bytes. `loss`
+// (one number, or null) and `workspace` of completion_cuda_workspace() bytes, 16-byte aligned, are the caller's. Work is
+// queued on `stream`, a cudaStream_t: no allocation, no synchronisation. A failed launch throws std::runtime_error.
+#define LRK_DECLARE_COMPLETION(T, I)                                                \
+  int64_t completion_cuda_workspace(const CompletionPass<T, I>& p, bool want_loss); \
+  void completion_pass_cuda(const CompletionPass<T, I>& p, void* workspace, T* loss, void* stream);
+LRK_DECLARE_COMPLETION(float, int32_t)
+LRK_DECLARE_COMPLETION(float, int64_t)
+LRK_DECLARE_COMPLETION(double, int32_t)
+LRK_DECLARE_COMPLETION(double, int64_t)
 #undef LRK_DECLARE_COMPLETION
 
 }  // namespace lrk

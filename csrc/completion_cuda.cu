@@ -1,0 +1,333 @@
+// completion_cuda.cu: one pass over the observed entries (formula and symbols in completion.h) on the GPU.
+//
+// A unit of work is a row of at most `long_row` entries, or a segment of that many entries of a longer row; segments come
+// first, being the longest units. kLanes = K / 4 threads (K / 2 in double, rounded up to 4, 8, 16 or 32) share an entry: each
+// loads 16 bytes of other_j and keeps 16 bytes of own_i and of its gradient in registers; K beyond 128 (64) loops over
+// column tiles with the gradient in memory. kGroup >= 8 threads share a unit: units of a warp wait for the longest, so at
+// most four share one. Every entry group has four entries in flight: lane t reads index, value, weight and bias of entry
+// t % 4, indices and errors travel by shuffle, and the four dot products share one transposed reduction. 4 K flops an entry
+// and pass; bound by the gathers of `other`.
+//
+// Loops are uniform over a warp: ended units repeat their last entry with weight 0, and shuffles need no partial masks.
+// Within a unit w E^2 is summed in T with compensation (a float64 add an entry would cost more than all else where float64
+// runs at 1/64 of the float rate), across units in double. A block writes its own loss slot, a segment its own partial
+// gradient; two small kernels add both up in a fixed order. No atomics, so results repeat bit by bit.
+//
+// plan, for the L rows longer than long_row with S segments: (L) their numbers, (L + 1) their first segments, (S) the place
+// of each segment's row in that list.
+// workspace: loss slots and their sums by level (double), S x K partial gradients (T), S partial bias gradients (T).
+#include "completion.h"
+#include "cuda_utils.cuh"
+
+namespace lrk {
+namespace {
+
+constexpr int kThreads = 128;       // a block waits for its longest unit, so blocks are small; 16 of them fill an SM
+constexpr int kFlight = 4;          // entries in flight per entry group; the transposed reduction is written for 4
+constexpr int kSumThreads = 512;    // threads that add up loss slots or segments
+constexpr int kSumSlots = 1 << 14;  // loss slots a block adds up, 32 a thread; more than that take another level
+
+template <typename T>
+struct Workspace {
+  int64_t segments;  // S
+  int64_t slots;     // blocks of entries_kernel, each with a loss slot
+  double* loss;      // slots, then sums of the levels; null: no loss wanted
+  T* grad;           // (S, K)
+  T* bias_grad;      // (S)
+  int64_t bytes;
+};
+
+int lanes_of(int vectors) {
+  return vectors <= 4 ? 4 : vectors <= 8 ? 8 : vectors <= 16 ? 16 : 32;
+}
+__host__ __device__ constexpr int group_of(int lanes) {
+  return lanes < 8 ? 8 : lanes;
+}
+
+// The layout of the workspace at `base`; with a null base only its sizes count.
+template <typename T, typename I>
+Workspace<T> workspace_at(const CompletionPass<T, I>& p, char* base, bool want_loss) {
+  Workspace<T> w;
+  w.segments = p.plan_size - 2 * p.long_count - 1;
+  const int64_t units_per_block = kThreads / group_of(lanes_of(int(p.width / kVectorSize<T>)));
+  w.slots = (p.own_count + w.segments + units_per_block - 1) / units_per_block;
+  int64_t doubles = 0;
+  if (want_loss)
+    for (int64_t count = w.slots; count > 1 || doubles == 0; count = (count + kSumSlots - 1) / kSumSlots) doubles += count;
+  const int64_t loss_bytes = (8 * doubles + 15) / 16 * 16;
+  const int64_t grad_bytes = p.own_grad ? w.segments * p.width * int64_t(sizeof(T)) : 0;
+  const int64_t bias_bytes = p.own_bias_grad ? w.segments * int64_t(sizeof(T)) : 0;
+  w.loss = base && want_loss ? reinterpret_cast<double*>(base) : nullptr;
+  w.grad = base && p.own_grad ? reinterpret_cast<T*>(base + loss_bytes) : nullptr;
+  w.bias_grad = base && p.own_bias_grad ? reinterpret_cast<T*>(base + loss_bytes + grad_bytes) : nullptr;
+  w.bytes = loss_bytes + grad_bytes + bias_bytes;
+  return w;
+}
+
+// Sums of s[0..3] over kLanes lanes; lane t returns that of s[t % 4]. 3 + log2(kLanes / 4) shuffles instead of 4 log2(kLanes).
+template <int kLanes, typename T>
+__device__ __forceinline__ T sum4(const T (&s)[4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  T low = odd ? s[1] : s[0];
+  low += __shfl_xor_sync(~0u, odd ? s[0] : s[1], 1);
+  T top = odd ? s[3] : s[2];
+  top += __shfl_xor_sync(~0u, odd ? s[2] : s[3], 1);
+  T sum = high ? top : low;
+  sum += __shfl_xor_sync(~0u, high ? low : top, 2);
+#pragma unroll
+  for (int distance = 4; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  return sum;
+}
+
+// Blocks an SM holds at least: allows 128, 64 or 80 registers a thread. Left to itself, ptxas takes 56 and spills.
+template <typename T, bool kTiled>
+constexpr int kBlocks = kTiled           ? 4
+                        : sizeof(T) == 4 ? 8
+                                         : 6;
+
+// kTiled: the row is wider than 32 vectors; factor and gradient stay in memory.
+template <typename T, typename I, int kLanes, bool kTiled>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
+    entries_kernel(const CompletionPass<T, I> p, const Workspace<T> work) {
+  typedef typename Vector16<T>::type V;
+  constexpr int kGroup = group_of(kLanes);
+  constexpr int kSides = kGroup / kLanes;  // entry groups of a unit, on alternate entries
+  constexpr int kStep = kFlight * kSides;  // entries of a unit at a time
+  const int lane = int(threadIdx.x) % kLanes;
+  const int side = int(threadIdx.x) % kGroup / kLanes;
+  const int vectors = int(p.width / kVectorSize<T>);
+
+  // This group's unit: `count` entries from `begin` on, of row i, and where its gradient goes.
+  const int64_t unit = int64_t(blockIdx.x) * (kThreads / kGroup) + int(threadIdx.x) / kGroup;
+  int64_t i = unit - work.segments, begin = 0;
+  int count = 0;
+  T *grad = nullptr, *bias_grad = nullptr;
+  if (unit < work.segments) {
+    const int64_t place = p.plan[2 * p.long_count + 1 + unit];
+    i = p.plan[place];
+    begin = p.offsets[i] + (unit - p.plan[p.long_count + place]) * p.long_row;
+    const int64_t rest = p.offsets[i + 1] - begin;
+    count = int(rest < p.long_row ? rest : p.long_row);
+    if (p.own_grad) grad = work.grad + unit * p.width;
+    if (p.own_bias_grad) bias_grad = work.bias_grad + unit;
+  } else if (i < p.own_count) {
+    begin = p.offsets[i];
+    const int64_t all = p.offsets[i + 1] - begin;
+    if (all <= p.long_row) {
+      count = int(all);
+      if (p.own_grad) grad = p.own_grad + i * p.width;
+      if (p.own_bias_grad) bias_grad = p.own_bias_grad + i;
+    }
+  } else {
+    i = 0;  // beyond the last unit: no entries, no outputs
+  }
+  if (count == 0) begin = 0;  // such a unit reads entry 0 while its neighbours work
+  const int last = count > 0 ? count - 1 : 0;
+  int steps = (count + kStep - 1) / kStep;
+#pragma unroll
+  for (int distance = kGroup; distance < 32; distance *= 2) {
+    const int theirs = __shfl_xor_sync(~0u, steps, distance);
+    steps = steps > theirs ? steps : theirs;
+  }
+
+  // Lanes beyond the row's vectors repeat its last one, with a zero own factor.
+  const int column = lane < vectors ? lane : vectors - 1;
+  const V* const own = reinterpret_cast<const V*>(p.own + i * p.width);
+  const V* const other = reinterpret_cast<const V*>(p.other) + (kTiled ? 0 : column);
+  V* const sums = reinterpret_cast<V*>(grad);
+  V a = {}, d = {};
+  if (kTiled) {
+    if (sums)
+      for (int c = lane; c < vectors; c += kLanes) sums[c] = V{};
+  } else if (lane < vectors) {
+    a = own[lane];
+  }
+  const T base = p.offset + (p.own_bias ? p.own_bias[i] : T(0));
+  T loss = 0, carry = 0, bias = 0;
+
+  for (int step = 0; step < steps; ++step) {
+    const int place = step * kStep + lane % kFlight * kSides + side;
+    const int64_t e = begin + (place < last ? place : last);
+    const I j = p.other_index[e];
+    T target = p.values[e];
+    if (p.other_bias) target -= p.other_bias[j];
+    const T weight = place < count ? (p.weights ? p.weights[e] : T(1)) : T(0);
+
+    const V* row[kFlight];
+#pragma unroll
+    for (int t = 0; t < kFlight; ++t) row[t] = other + int64_t(__shfl_sync(~0u, j, t, kLanes)) * vectors;
+    T s[kFlight] = {};
+    V x[kFlight];
+    if (kTiled) {
+      for (int c = lane; c < vectors; c += kLanes) {
+        const V tile = own[c];
+#pragma unroll
+        for (int t = 0; t < kFlight; ++t) s[t] = dot(tile, row[t][c], s[t]);
+      }
+    } else {
+#pragma unroll
+      for (int t = 0; t < kFlight; ++t) x[t] = *row[t];
+#pragma unroll
+      for (int t = 0; t < kFlight; ++t) s[t] = dot(a, x[t], s[t]);
+    }
+    const T error = sum4<kLanes>(s, lane) + (base - target);
+    const T weighted = weight * error;
+    const T term = weighted * error - carry;  // Kahan's sum
+    const T grown = loss + term;
+    carry = (grown - loss) - term;
+    loss = grown;
+    bias += weighted;
+
+    T scale[kFlight];
+#pragma unroll
+    for (int t = 0; t < kFlight; ++t) scale[t] = __shfl_sync(~0u, weighted, t, kLanes);
+    if (kTiled) {
+      if (sums)
+        for (int c = lane; c < vectors; c += kLanes) {
+          V sum = sums[c];
+#pragma unroll
+          for (int t = 0; t < kFlight; ++t) add_scaled(sum, scale[t], row[t][c]);
+          sums[c] = sum;
+        }
+    } else {
+#pragma unroll
+      for (int t = 0; t < kFlight; ++t) add_scaled(d, scale[t], x[t]);
+    }
+  }
+
+  // Lanes 0 to 3 of an entry group hold different entries, lanes beyond repeat them; then come the sides.
+  bias += __shfl_xor_sync(~0u, bias, 1);
+  bias += __shfl_xor_sync(~0u, bias, 2);
+#pragma unroll
+  for (int distance = kLanes; distance < kGroup; distance *= 2) {
+    bias += __shfl_xor_sync(~0u, bias, distance);
+    add_shuffled(d, distance);
+  }
+  if (bias_grad && lane == 0 && side == 0) *bias_grad = count > 0 ? bias : T(0);
+  if (!kTiled && sums && lane < vectors && side == 0) sums[lane] = count > 0 ? d : V{};
+
+  if (work.loss) {
+    LRK_DYN_SMEM(double, warps);
+    double total = double(loss) - double(carry);
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+#pragma unroll
+    for (int distance = kLanes; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      static_assert(kThreads == 128, "four warps are added up");
+      work.loss[blockIdx.x] = (warps[0] + warps[1]) + (warps[2] + warps[3]);
+    }
+  }
+}
+
+// One block a long row: adds up its segments' gradients, the bias gradient being column K. Where K + 1 < kSumThreads several
+// threads share a column, on alternate segments.
+template <typename T, typename I>
+__global__ void __launch_bounds__(kSumThreads) segments_kernel(const CompletionPass<T, I> p, const Workspace<T> work) {
+  LRK_DYN_SMEM(T, parts);
+  const int64_t row = p.plan[blockIdx.x];
+  const int64_t begin = p.plan[p.long_count + blockIdx.x], stop = p.plan[p.long_count + blockIdx.x + 1];
+  const int columns = int(p.width) + 1;
+  const int tile = columns < kSumThreads ? columns : kSumThreads;
+  const int stripes = kSumThreads / tile;
+  const int stripe = int(threadIdx.x) / tile;
+  for (int first = 0; first < columns; first += tile) {
+    const int c = first + int(threadIdx.x) % tile;
+    const bool is_bias = c == columns - 1;
+    const T* from = is_bias ? work.bias_grad : work.grad;
+    if (c >= columns) from = nullptr;
+    if (from && !is_bias) from += c;
+    const int64_t pitch = is_bias ? 1 : p.width;
+    T sum = 0;
+    if (from && stripe < stripes)
+#pragma unroll 4
+      for (int64_t s = begin + stripe; s < stop; s += stripes) sum += from[s * pitch];
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    if (from && stripe == 0) {
+      for (int other = 1; other < stripes; ++other) sum += parts[other * tile + int(threadIdx.x)];
+      (is_bias ? p.own_bias_grad + row : p.own_grad + row * p.width + c)[0] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// Every block adds up kSumSlots doubles; the last level, a single block, halves the sum into `loss`.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) loss_kernel(const double* slots, int64_t count, double* sums, T* loss) {
+  LRK_DYN_SMEM(double, parts);
+  const int64_t begin = int64_t(blockIdx.x) * kSumSlots;
+  const int64_t stop = begin + kSumSlots < count ? begin + kSumSlots : count;
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t s = begin + threadIdx.x; s < stop; s += kSumThreads) sum += slots[s];
+  parts[threadIdx.x] = sum;
+  for (int half = kSumThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) parts[threadIdx.x] += parts[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) {
+    if (loss)
+      *loss = T(parts[0] / 2);
+    else
+      sums[blockIdx.x] = parts[0];
+  }
+}
+
+template <typename T, typename I, int kLanes, bool kTiled = false>
+void launch_entries(const CompletionPass<T, I>& p, const Workspace<T>& work, void* stream) {
+  const unsigned blocks = grid_size("completion_pass", work.slots);
+  LRK_LAUNCH((entries_kernel<T, I, kLanes, kTiled>), blocks, kThreads, kThreads / 32 * sizeof(double), stream, p, work);
+  check_launch("completion_pass", "entries_kernel");
+}
+
+template <typename T, typename I>
+void pass(const CompletionPass<T, I>& p, void* workspace, T* loss, void* stream) {
+  const Workspace<T> work = workspace_at(p, static_cast<char*>(workspace), loss != nullptr);
+  const int vectors = int(p.width / kVectorSize<T>);
+  if (work.slots > 0) {
+    switch (lanes_of(vectors)) {
+      case 4: launch_entries<T, I, 4>(p, work, stream); break;
+      case 8: launch_entries<T, I, 8>(p, work, stream); break;
+      case 16: launch_entries<T, I, 16>(p, work, stream); break;
+      default: vectors <= 32 ? launch_entries<T, I, 32>(p, work, stream) : launch_entries<T, I, 32, true>(p, work, stream);
+    }
+  }
+  if (work.segments > 0 && (work.grad || work.bias_grad)) {
+    const unsigned blocks = grid_size("completion_pass", p.long_count);
+    LRK_LAUNCH((segments_kernel<T, I>), blocks, kSumThreads, kSumThreads * sizeof(T), stream, p, work);
+    check_launch("completion_pass", "segments_kernel");
+  }
+  if (!loss) return;
+  double* slots = work.loss;
+  int64_t count = work.slots;
+  for (bool last = false; !last;) {
+    const int64_t blocks = count > kSumSlots ? (count + kSumSlots - 1) / kSumSlots : 1;
+    last = blocks == 1;
+    double* const sums = slots + count;
+    T* const target = last ? loss : nullptr;
+    LRK_LAUNCH((loss_kernel<T>), unsigned(blocks), kSumThreads, kSumThreads * sizeof(double), stream, slots, count, sums,
+               target);
+    check_launch("completion_pass", "loss_kernel");
+    slots = sums;
+    count = blocks;
+  }
+}
+
+}  // namespace
+
+#define LRK_DEFINE_COMPLETION(T, I)                                                                  \
+  int64_t completion_cuda_workspace(const CompletionPass<T, I>& p, bool want_loss) {                 \
+    return workspace_at(p, nullptr, want_loss).bytes;                                                \
+  }                                                                                                  \
+  void completion_pass_cuda(const CompletionPass<T, I>& p, void* workspace, T* loss, void* stream) { \
+    pass(p, workspace, loss, stream);                                                                \
+  }
+LRK_DEFINE_COMPLETION(float, int32_t)
+LRK_DEFINE_COMPLETION(float, int64_t)
+LRK_DEFINE_COMPLETION(double, int32_t)
+LRK_DEFINE_COMPLETION(double, int64_t)
+
+}  // namespace lrk
