@@ -4,9 +4,13 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <type_traits>
 
 #include "completion.h"
 #include "dispatch.h"
+#if LRK_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 namespace py = pybind11;
 
@@ -27,7 +31,7 @@ struct CompletionArguments {  // one completion pass as Python describes it; fie
   std::uintptr_t offsets, other_index, values, weights, own, other, own_bias, other_bias;
   double offset;
   std::uintptr_t plan;
-  int64_t plan_size, long_count;
+  int64_t plan_size, long_count, long_row;
   std::uintptr_t loss_parts, own_grad, own_bias_grad, own_loss;
 };
 
@@ -50,6 +54,7 @@ lrk::CompletionPass<T, I> completion_pass(const CompletionArguments& a) {
   p.plan = pointer<const int64_t>(a.plan, a.plan_size, "plan");
   p.plan_size = a.plan_size;
   p.long_count = a.long_count;
+  p.long_row = a.long_row;
   p.loss_parts = pointer<double>(a.loss_parts, 0, "loss_parts");
   p.own_grad = pointer<T>(a.own_grad, 0, "own_grad");
   p.own_bias_grad = pointer<T>(a.own_bias_grad, 0, "own_bias_grad");
@@ -70,6 +75,8 @@ void completion_cpu(bool is_double, bool wide_index, const CompletionArguments& 
   if (a.width % lanes != 0)
     throw std::invalid_argument("completion_pass: width must be a multiple of " + std::to_string(lanes) + ", got " +
                                 std::to_string(a.width));
+  if (a.plan_size < 2 || a.long_count != 0)
+    throw std::invalid_argument("completion_pass: the entries were planned for CUDA; move them with ObservedEntries.to()");
   for_types(is_double, wide_index, a, [&](const auto& p) {
     py::gil_scoped_release release;
     switch (g_simd) {
@@ -80,6 +87,63 @@ void completion_cpu(bool is_double, bool wide_index, const CompletionArguments& 
       default: return lrk::completion_pass_portable(p, threads);
     }
   });
+}
+
+#if LRK_WITH_CUDA
+
+int64_t completion_cuda_workspace(bool is_double, bool wide_index, const CompletionArguments& a, bool want_loss) {
+  int64_t bytes = 0;
+  for_types(is_double, wide_index, a, [&](const auto& p) { bytes = lrk::completion_cuda_workspace(p, want_loss); });
+  return bytes;
+}
+
+// Queues the pass on `stream` of GPU `device`. Rows must be 16-byte aligned: a misaligned load would end the CUDA context.
+void completion_cuda(bool is_double, bool wide_index, const CompletionArguments& a, std::uintptr_t workspace,
+                     std::uintptr_t loss, int device, std::uintptr_t stream) {
+  if ((a.own | a.other | a.own_grad | workspace) % 16 != 0 || a.width * (is_double ? 8 : 4) % 16 != 0)
+    throw std::invalid_argument("completion_pass: rows of own, other and own_grad, and the workspace, must be 16-byte aligned");
+  const int64_t segments = a.plan_size - 2 * a.long_count - 1;  // a long row has two at least
+  if (a.long_count == 0 ? segments != 0 : segments < 2 * a.long_count)
+    throw std::invalid_argument("completion_pass: the entries were planned for the CPU; move them with ObservedEntries.to()");
+  if (a.long_row < 1 || a.long_row > INT32_MAX / 2)
+    throw std::invalid_argument("completion_pass: long_row must be from 1 to 2^30, got " + std::to_string(a.long_row));
+  for_types(is_double, wide_index, a, [&](const auto& p) {
+    typedef std::remove_const_t<std::remove_pointer_t<decltype(p.own)>> T;
+    void* const scratch = pointer<void>(workspace, lrk::completion_cuda_workspace(p, loss != 0), "workspace");
+    py::gil_scoped_release release;
+    // torch's CUDA runtime is another copy than ours; both keep the thread's current device.
+    if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess)
+      throw std::runtime_error(std::string("completion_pass: cudaSetDevice failed: ") + cudaGetErrorString(error));
+    lrk::completion_pass_cuda(p, scratch, reinterpret_cast<T*>(loss), reinterpret_cast<void*>(stream));
+  });
+}
+
+#endif
+
+// What this process can run CUDA kernels on; `reason` says why nothing, and is empty where there is a GPU.
+py::dict cuda_info() {
+  int count = 0, driver = 0, runtime = 0;
+  std::string reason;
+#if LRK_WITH_CUDA
+  cudaDriverGetVersion(&driver);  // 0 without a driver
+  cudaRuntimeGetVersion(&runtime);
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // forget it: the next launch check must not find it
+    count = 0;
+    reason = driver == 0 ? "no CUDA driver is installed" : cudaGetErrorString(error);
+  } else if (count == 0) {
+    reason = "no GPU is visible";
+  }
+#else
+  reason = "built without CUDA";
+#endif
+  py::dict info;
+  info["device_count"] = count;
+  info["driver_version"] = driver;  // 1000 major + 10 minor, as CUDA counts
+  info["runtime_version"] = runtime;
+  info["reason"] = reason;
+  return info;
 }
 
 }  // namespace
@@ -109,11 +173,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int64_t own_count, int64_t other_count, int64_t entry_count, int64_t width, std::uintptr_t offsets,
                        std::uintptr_t other_index, std::uintptr_t values, std::uintptr_t weights, std::uintptr_t own,
                        std::uintptr_t other, std::uintptr_t own_bias, std::uintptr_t other_bias, double offset,
-                       std::uintptr_t plan, int64_t plan_size, int64_t long_count, std::uintptr_t loss_parts,
+                       std::uintptr_t plan, int64_t plan_size, int64_t long_count, int64_t long_row, std::uintptr_t loss_parts,
                        std::uintptr_t own_grad, std::uintptr_t own_bias_grad, std::uintptr_t own_loss) {
-        return CompletionArguments{own_count, other_count, entry_count, width,    offsets,       other_index, values,
-                                   weights,   own,         other,       own_bias, other_bias,    offset,      plan,
-                                   plan_size, long_count,  loss_parts,  own_grad, own_bias_grad, own_loss};
+        return CompletionArguments{own_count, other_count, entry_count, width,      offsets,    other_index,   values,
+                                   weights,   own,         other,       own_bias,   other_bias, offset,        plan,
+                                   plan_size, long_count,  long_row,    loss_parts, own_grad,   own_bias_grad, own_loss};
       }));
   m.def("completion_cpu", &completion_cpu);
+  m.def("cuda_info", &cuda_info);
+#if LRK_WITH_CUDA
+  m.def("completion_cuda_workspace", &completion_cuda_workspace);
+  m.def("completion_cuda", &completion_cuda);
+#endif
 }

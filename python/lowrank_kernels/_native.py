@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .entries import SortedEntries
+from .entries import LONG_ROW, SortedEntries
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -28,7 +29,7 @@ def _load() -> tuple[ModuleType | None, str]:
 _C: Any
 _C, unavailable = _load()  # `unavailable` is the reason, empty when the module is there
 _SIMD_BYTES = 0 if _C is None else int(_C.simd_bytes())  # constants: torch.compile reads them, it cannot call into _C
-_HAS_CUDA = _C is not None and bool(_C.has_cuda)
+_HAS_CUDA = _C is not None and bool(_C.has_cuda) and torch.version.hip is None
 
 
 def has_cpu() -> bool:
@@ -37,7 +38,7 @@ def has_cpu() -> bool:
 
 
 def has_cuda() -> bool:
-    """True where the CUDA kernels were built."""
+    """True where the CUDA kernels were built; "cuda" devices of a ROCm torch are not for them."""
     return _HAS_CUDA
 
 
@@ -56,19 +57,40 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def cuda_info() -> dict[str, Any]:
+    """Device count, driver and runtime version of CUDA, and the reason when its kernels cannot run (else empty)."""
+    if _C is None:
+        return {"device_count": 0, "driver_version": 0, "runtime_version": 0, "reason": unavailable}
+    return dict(_C.cuda_info())
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor or a copy of it: contiguous, and on a GPU 16-byte aligned, which a slice of a flat buffer may not be."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.device.type == "cuda" and tensor.data_ptr() % 16 else tensor
+
+
 def completion_pass(
     side: SortedEntries,
-    own: Tensor,  # (M, K), contiguous, K a multiple of factor_lanes()
-    other: Tensor,  # (N, K), contiguous
+    own: Tensor,  # (M, K), K a multiple of factor_lanes()
+    other: Tensor,  # (N, K)
     own_bias: Tensor | None,  # (M,)
     other_bias: Tensor | None,  # (N,)
     offset: float,
-    loss_parts: Tensor | None,  # float64
-    own_grad: Tensor | None,  # (M, K)
-    own_bias_grad: Tensor | None,  # (M,)
-    own_loss: Tensor | None,  # (M,)
-) -> None:
-    """One pass of csrc/completion.h over ``side``; outputs are written in place."""
+    want_loss: bool = True,
+    want_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, ``own_grad`` (M, K), ``own_bias_grad`` (M,) and ``own_loss`` (M,) of one pass; see csrc/completion.h.
+
+    Without ``want_loss`` the first is empty, without ``want_grad`` the other three.
+    """
+    own, other = _aligned(own), _aligned(other)
+    own_bias = None if own_bias is None else own_bias.contiguous()
+    other_bias = None if other_bias is None else other_bias.contiguous()
+    on_cuda = own.device.type == "cuda"
+    own_grad = torch.empty_like(own) if want_grad else own.new_empty(0)
+    own_bias_grad, own_loss = (own.new_empty(own.shape[0] if want_grad else 0) for _ in range(2))
+    parts = own.new_empty(side.plan.shape[0] - 1 if want_loss and not on_cuda else 0, dtype=torch.float64)
     arguments = _C.CompletionArguments(
         own.shape[0],
         other.shape[0],
@@ -86,10 +108,26 @@ def completion_pass(
         side.plan.data_ptr(),
         side.plan.shape[0],
         side.long_count,
-        _pointer(loss_parts),
-        _pointer(own_grad),
-        _pointer(own_bias_grad),
-        _pointer(own_loss),
+        LONG_ROW,
+        parts.data_ptr(),
+        own_grad.data_ptr(),
+        own_bias_grad.data_ptr(),
+        own_loss.data_ptr(),
     )
-    is_double, wide_index = own.dtype == torch.float64, side.indices.dtype == torch.int64
-    _C.completion_cpu(is_double, wide_index, arguments, torch.get_num_threads())
+    types = own.dtype == torch.float64, side.indices.dtype == torch.int64
+    if not on_cuda:
+        _C.completion_cpu(*types, arguments, torch.get_num_threads())
+        loss = (parts.sum() / 2).to(own.dtype) if want_loss else own.new_empty(0)
+        return loss, own_grad, own_bias_grad, own_loss
+    loss = own.new_empty(() if want_loss else 0)
+    # Workspace and outputs come from torch, on the stream that uses them: its allocator may reuse them as soon as we return.
+    workspace = own.new_empty(_C.completion_cuda_workspace(*types, arguments, want_loss), dtype=torch.uint8)
+    device = own.device.index
+    with _device_guard(device):
+        stream = torch._C._cuda_getCurrentRawStream(device)  # absent in CPU builds of torch
+        _C.completion_cuda(*types, arguments, workspace.data_ptr(), loss.data_ptr(), device, stream)
+    return loss, own_grad, own_bias_grad, own_loss
+
+
+def _device_guard(index: int) -> AbstractContextManager[Any]:
+    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)

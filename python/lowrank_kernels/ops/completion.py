@@ -56,30 +56,25 @@ def _composite(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor |
     return (loss, *(rows if want_row else empty()), *cols)
 
 
-def _native_cpu(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Outputs:
+def _native_passes(
+    p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any
+) -> Outputs:
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
     k = p.shape[1]
     extra = -k % _native.factor_lanes(p.dtype, p.device)
     if extra:  # a program exported on a processor with shorter vectors
         p, v = F.pad(p, (0, extra)), F.pad(v, (0, extra))
-    p, v = p.contiguous(), v.contiguous()
-    row_bias = None if row_bias is None else row_bias.contiguous()
-    col_bias = None if col_bias is None else col_bias.contiguous()
     rows = want_row or not want_col  # the loss comes from the rows pass, or from the only one that runs
-    parts = torch.empty((by_row if rows else by_col).plan.shape[0] - 1, dtype=torch.float64)
-
-    def outputs(own: Tensor, want: bool) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-        return (torch.empty_like(own), own.new_empty(own.shape[0]), own.new_empty(own.shape[0])) if want else (None,) * 3
-
-    row_outputs, col_outputs = outputs(p, want_row), outputs(v, want_col)
+    results = [p.new_empty(0) for _ in range(7)]
     if rows:
-        _native.completion_pass(by_row, p, v, row_bias, col_bias, offset, parts, *row_outputs)
+        results[:4] = _native.completion_pass(by_row, p, v, row_bias, col_bias, offset, want_grad=want_row)
     if want_col:
-        _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, None if rows else parts, *col_outputs)
-    results = [p.new_empty(0) if x is None else x for x in (*row_outputs, *col_outputs)]
+        loss, *results[4:] = _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, want_loss=not rows)
+        if not rows:
+            results[0] = loss
     if extra:
-        results[0], results[3] = (x[:, :k].contiguous() if x.ndim == 2 else x for x in (results[0], results[3]))
-    return ((parts.sum() / 2).to(p.dtype), *results)  # type: ignore[return-value]
+        results[1], results[4] = (x[:, :k].contiguous() if x.ndim == 2 else x for x in (results[1], results[4]))
+    return tuple(results)  # type: ignore[return-value]
 
 
 def _fake(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Outputs:
@@ -97,7 +92,9 @@ def _fake(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None
 
 library.impl("_completion", _composite, "CompositeExplicitAutograd")
 if _native.has_cpu():
-    library.impl("_completion", _native_cpu, "CPU")
+    library.impl("_completion", _native_passes, "CPU")
+if _native.has_cuda():
+    library.impl("_completion", _native_passes, "CUDA")
 torch.library.register_fake("lowrank_kernels::_completion", _fake, lib=library)
 
 
