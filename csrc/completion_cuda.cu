@@ -9,20 +9,20 @@
 // and pass; bound by the gathers of `other`.
 //
 // Loops are uniform over a warp: ended units repeat their last entry with weight 0, and shuffles need no partial masks.
-// Within a unit w E^2 is summed in T with compensation (a float64 add an entry would cost more than all else where float64
-// runs at 1/64 of the float rate), across units in double. A block writes its own loss slot, a segment its own partial
-// gradient; two small kernels add both up in a fixed order. No atomics, so results repeat bit by bit.
+// Within a unit w E^2 is summed in T with what rounding lost kept beside (a float64 add an entry would cost more than all
+// else where float64 runs at 1/64 of the float rate), across lanes and units in double. A block writes its own loss slot, a
+// segment its own partial gradient; two small kernels add both up in a fixed order. No atomics, so results repeat bit by bit.
 //
 // plan, for the L rows longer than long_row with S segments: (L) their numbers, (L + 1) their first segments, (S) the place
 // of each segment's row in that list.
-// workspace: loss slots and their sums by level (double), S x K partial gradients (T), S partial bias gradients (T).
+// workspace: loss slots and their sums by level (double); S x K partial gradients, S partial bias gradients and S losses (T).
 #include "completion.h"
 #include "cuda_utils.cuh"
 
 namespace lrk {
 namespace {
 
-constexpr int kThreads = 128;       // a block waits for its longest unit, so blocks are small; 16 of them fill an SM
+constexpr int kThreads = 128;       // a block holds its place until its longest unit ends: keep it small
 constexpr int kFlight = 4;          // entries in flight per entry group; the transposed reduction is written for 4
 constexpr int kSumThreads = 512;    // threads that add up loss slots or segments
 constexpr int kSumSlots = 1 << 14;  // loss slots a block adds up, 32 a thread; more than that take another level
@@ -34,6 +34,7 @@ struct Workspace {
   double* loss;      // slots, then sums of the levels; null: no loss wanted
   T* grad;           // (S, K)
   T* bias_grad;      // (S)
+  T* row_loss;       // (S)
   int64_t bytes;
 };
 
@@ -57,10 +58,12 @@ Workspace<T> workspace_at(const CompletionPass<T, I>& p, char* base, bool want_l
   const int64_t loss_bytes = (8 * doubles + 15) / 16 * 16;
   const int64_t grad_bytes = p.own_grad ? w.segments * p.width * int64_t(sizeof(T)) : 0;
   const int64_t bias_bytes = p.own_bias_grad ? w.segments * int64_t(sizeof(T)) : 0;
+  const int64_t row_loss_bytes = p.own_loss ? w.segments * int64_t(sizeof(T)) : 0;
   w.loss = base && want_loss ? reinterpret_cast<double*>(base) : nullptr;
   w.grad = base && p.own_grad ? reinterpret_cast<T*>(base + loss_bytes) : nullptr;
   w.bias_grad = base && p.own_bias_grad ? reinterpret_cast<T*>(base + loss_bytes + grad_bytes) : nullptr;
-  w.bytes = loss_bytes + grad_bytes + bias_bytes;
+  w.row_loss = base && p.own_loss ? reinterpret_cast<T*>(base + loss_bytes + grad_bytes + bias_bytes) : nullptr;
+  w.bytes = loss_bytes + grad_bytes + bias_bytes + row_loss_bytes;
   return w;
 }
 
@@ -97,30 +100,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
   const int side = int(threadIdx.x) % kGroup / kLanes;
   const int vectors = int(p.width / kVectorSize<T>);
 
-  // This group's unit: `count` entries from `begin` on, of row i, and where its gradient goes.
+  // This group's unit: `count` entries from `begin` on, of row i; its outputs have place `out` in arrays of rows or segments.
   const int64_t unit = int64_t(blockIdx.x) * (kThreads / kGroup) + int(threadIdx.x) / kGroup;
+  const bool segment = unit < work.segments;
   int64_t i = unit - work.segments, begin = 0;
   int count = 0;
-  T *grad = nullptr, *bias_grad = nullptr;
-  if (unit < work.segments) {
+  bool writes = true;
+  if (segment) {
     const int64_t place = p.plan[2 * p.long_count + 1 + unit];
     i = p.plan[place];
     begin = p.offsets[i] + (unit - p.plan[p.long_count + place]) * p.long_row;
     const int64_t rest = p.offsets[i + 1] - begin;
     count = int(rest < p.long_row ? rest : p.long_row);
-    if (p.own_grad) grad = work.grad + unit * p.width;
-    if (p.own_bias_grad) bias_grad = work.bias_grad + unit;
   } else if (i < p.own_count) {
     begin = p.offsets[i];
     const int64_t all = p.offsets[i + 1] - begin;
-    if (all <= p.long_row) {
-      count = int(all);
-      if (p.own_grad) grad = p.own_grad + i * p.width;
-      if (p.own_bias_grad) bias_grad = p.own_bias_grad + i;
-    }
+    writes = all <= p.long_row;  // else its segments do the work
+    count = writes ? int(all) : 0;
   } else {
-    i = 0;  // beyond the last unit: no entries, no outputs
+    i = 0;  // beyond the last unit
+    writes = false;
   }
+  const int64_t out = segment ? unit : i;
   if (count == 0) begin = 0;  // such a unit reads entry 0 while its neighbours work
   const int last = count > 0 ? count - 1 : 0;
   int steps = (count + kStep - 1) / kStep;
@@ -134,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
   const int column = lane < vectors ? lane : vectors - 1;
   const V* const own = reinterpret_cast<const V*>(p.own + i * p.width);
   const V* const other = reinterpret_cast<const V*>(p.other) + (kTiled ? 0 : column);
-  V* const sums = reinterpret_cast<V*>(grad);
+  T* const grads = segment ? work.grad : p.own_grad;
+  V* const sums = grads && writes ? reinterpret_cast<V*>(grads + out * p.width) : nullptr;
   V a = {}, d = {};
   if (kTiled) {
     if (sums)
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
     a = own[lane];
   }
   const T base = p.offset + (p.own_bias ? p.own_bias[i] : T(0));
-  T loss = 0, carry = 0, bias = 0;
+  T loss = 0, lost = 0, bias = 0;
 
   for (int step = 0; step < steps; ++step) {
     const int place = step * kStep + lane % kFlight * kSides + side;
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
     const I j = p.other_index[e];
     T target = p.values[e];
     if (p.other_bias) target -= p.other_bias[j];
-    const T weight = place < count ? (p.weights ? p.weights[e] : T(1)) : T(0);
+    const T weight = p.weights ? p.weights[e] : T(1);
 
     const V* row[kFlight];
 #pragma unroll
@@ -170,11 +172,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
 #pragma unroll
       for (int t = 0; t < kFlight; ++t) s[t] = dot(a, x[t], s[t]);
     }
-    const T error = sum4<kLanes>(s, lane) + (base - target);
+    T error = sum4<kLanes>(s, lane) + (base - target);
+    if (place >= count) error = 0;  // not by the weight: 0 x infinity would be NaN
     const T weighted = weight * error;
-    const T term = weighted * error - carry;  // Kahan's sum
+    const T term = weighted * error;
     const T grown = loss + term;
-    carry = (grown - loss) - term;
+    lost += term - (grown - loss);
     loss = grown;
     bias += weighted;
 
@@ -196,23 +199,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
   }
 
   // Lanes 0 to 3 of an entry group hold different entries, lanes beyond repeat them; then come the sides.
+  double total = double(loss) + (lost == lost ? double(lost) : 0.0);  // NaN where the loss is infinite
   bias += __shfl_xor_sync(~0u, bias, 1);
+  total += __shfl_xor_sync(~0u, total, 1);
   bias += __shfl_xor_sync(~0u, bias, 2);
+  total += __shfl_xor_sync(~0u, total, 2);
 #pragma unroll
   for (int distance = kLanes; distance < kGroup; distance *= 2) {
     bias += __shfl_xor_sync(~0u, bias, distance);
+    total += __shfl_xor_sync(~0u, total, distance);
     add_shuffled(d, distance);
   }
-  if (bias_grad && lane == 0 && side == 0) *bias_grad = count > 0 ? bias : T(0);
   if (!kTiled && sums && lane < vectors && side == 0) sums[lane] = count > 0 ? d : V{};
+  if (writes && lane == 0 && side == 0) {
+    T* const bias_grads = segment ? work.bias_grad : p.own_bias_grad;
+    T* const losses = segment ? work.row_loss : p.own_loss;
+    if (bias_grads) bias_grads[out] = bias;
+    if (losses) losses[out] = T(total);
+  }
 
   if (work.loss) {
     LRK_DYN_SMEM(double, warps);
-    double total = double(loss) - double(carry);
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
 #pragma unroll
-    for (int distance = kLanes; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+    for (int distance = kGroup; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -222,24 +231,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kTiled>)
   }
 }
 
-// One block a long row: adds up its segments' gradients, the bias gradient being column K. Where K + 1 < kSumThreads several
-// threads share a column, on alternate segments.
+// One block a long row: adds up its segments, the bias gradient being column K and the row's loss column K + 1. With fewer
+// columns than half the threads several threads share one, on alternate segments.
 template <typename T, typename I>
 __global__ void __launch_bounds__(kSumThreads) segments_kernel(const CompletionPass<T, I> p, const Workspace<T> work) {
   LRK_DYN_SMEM(T, parts);
   const int64_t row = p.plan[blockIdx.x];
   const int64_t begin = p.plan[p.long_count + blockIdx.x], stop = p.plan[p.long_count + blockIdx.x + 1];
-  const int columns = int(p.width) + 1;
+  const int width = int(p.width), columns = width + 2;
   const int tile = columns < kSumThreads ? columns : kSumThreads;
   const int stripes = kSumThreads / tile;
   const int stripe = int(threadIdx.x) / tile;
   for (int first = 0; first < columns; first += tile) {
     const int c = first + int(threadIdx.x) % tile;
-    const bool is_bias = c == columns - 1;
-    const T* from = is_bias ? work.bias_grad : work.grad;
-    if (c >= columns) from = nullptr;
-    if (from && !is_bias) from += c;
-    const int64_t pitch = is_bias ? 1 : p.width;
+    const T* from = nullptr;
+    T* to = nullptr;
+    if (c < width && work.grad) {
+      from = work.grad + c;
+      to = p.own_grad + row * p.width + c;
+    } else if (c == width && work.bias_grad) {
+      from = work.bias_grad;
+      to = p.own_bias_grad + row;
+    } else if (c == width + 1 && work.row_loss) {
+      from = work.row_loss;
+      to = p.own_loss + row;
+    }
+    const int64_t pitch = c < width ? p.width : 1;
     T sum = 0;
     if (from && stripe < stripes)
 #pragma unroll 4
@@ -248,7 +265,7 @@ __global__ void __launch_bounds__(kSumThreads) segments_kernel(const CompletionP
     __syncthreads();
     if (from && stripe == 0) {
       for (int other = 1; other < stripes; ++other) sum += parts[other * tile + int(threadIdx.x)];
-      (is_bias ? p.own_bias_grad + row : p.own_grad + row * p.width + c)[0] = sum;
+      *to = sum;
     }
     __syncthreads();
   }
@@ -295,7 +312,7 @@ void pass(const CompletionPass<T, I>& p, void* workspace, T* loss, void* stream)
       default: vectors <= 32 ? launch_entries<T, I, 32>(p, work, stream) : launch_entries<T, I, 32, true>(p, work, stream);
     }
   }
-  if (work.segments > 0 && (work.grad || work.bias_grad)) {
+  if (work.segments > 0 && (work.grad || work.bias_grad || work.row_loss)) {
     const unsigned blocks = grid_size("completion_pass", p.long_count);
     LRK_LAUNCH((segments_kernel<T, I>), blocks, kSumThreads, kSumThreads * sizeof(T), stream, p, work);
     check_launch("completion_pass", "segments_kernel");
