@@ -120,7 +120,7 @@ def test_launch_without_a_gpu_raises() -> None:
 # ---------------------------------------------------------------------- compiling
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
 def test_kernels_compile_without_warnings_spills_and_stack(source: Path, architecture: int, tmp_path: Path) -> None:
     target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
