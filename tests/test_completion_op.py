@@ -189,9 +189,9 @@ def test_passes_that_nobody_wants_do_not_run(monkeypatch: pytest.MonkeyPatch) ->
     problem, sides = SMALL.problem(), []
     run = _native.completion_pass
 
-    def spy(side: SortedEntries, *rest: Any) -> None:
+    def spy(side: SortedEntries, *rest: Any, **wants: bool) -> tuple[Tensor, ...]:
         sides.append("rows" if side is not None and side.offsets is problem.entries.by_row.offsets else "columns")
-        run(side, *rest)
+        return run(side, *rest, **wants)
 
     monkeypatch.setattr(_native, "completion_pass", spy)
     for name, wanted in (("left", ["rows"]), ("row_bias", ["rows"]), ("right", ["columns"]), ("col_bias", ["columns"])):
@@ -658,7 +658,7 @@ def test_null_pointers_are_refused() -> None:
     lanes = _native.factor_lanes(torch.float32, torch.device("cpu"))
     own, other = own.new_empty(SMALL.m, lanes), other.new_zeros(SMALL.n, lanes)
     with pytest.raises(ValueError, match=r"own has a null data pointer \(a meta or fake tensor"):
-        _native.completion_pass(problem.entries.by_row, own, other, None, None, 0.0, None, None, None, None)
+        _native.completion_pass(problem.entries.by_row, own, other, None, None, 0.0)
 
 
 # ---------------------------------------------------------------------- double backward
@@ -994,7 +994,7 @@ def test_unaligned_width_is_refused() -> None:
     problem = SMALL.problem()
     side, own, other = problem.entries.by_row, problem.left, problem.right.t().contiguous()
     with pytest.raises(ValueError, match=r"width must be a multiple of \d+, got 3"):
-        _native.completion_pass(side, own, other, None, None, 0.0, None, None, None, None)
+        _native.completion_pass(side, own, other, None, None, 0.0)
 
 
 @native
@@ -1059,7 +1059,7 @@ def test_one_openmp_runtime_that_obeys_torch() -> None:
         def threads_after(wanted):
             torch.set_num_threads(wanted)
             for _ in range(20):
-                _native.completion_pass(problem.entries.by_row, own, other, None, None, 0.0, None, None, None, None)
+                _native.completion_pass(problem.entries.by_row, own, other, None, None, 0.0)
             return len(os.listdir("/proc/self/task"))
 
         print(*(threads_after(n) for n in (1, 2, 4)))
