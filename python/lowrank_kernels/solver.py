@@ -277,7 +277,10 @@ def start(
     factors = compress(gradient, rank, depth=depth, init_scale=init_scale, generator=generator, dtype=entries.dtype)
     left = factors.left * (frame_scale * math.sqrt(m)) * (entries.row_counts() > 0)[:, None]
     columns = factors.right.t().contiguous() * (frame_scale * math.sqrt(n)) * (entries.col_counts() > 0)[:, None]
-    return CompletionModel(left, factors.core, columns, row, col)
+    model = CompletionModel(left, factors.core, columns, row, col)
+    if float(_loss_at_zero(model, entries)) == 0:  # constant values: noise of the frames is all that would be learnt
+        model.left.zero_()
+    return model
 
 
 def spectral_start(
