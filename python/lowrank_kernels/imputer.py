@@ -25,7 +25,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from . import solver
-from .completion import progress_callback
+from .completion import SavedEstimator, check_common, is_integer, is_number, mean_and_scale, progress_callback
 from .entries import ObservedEntries
 from .files import extra
 
@@ -35,6 +35,11 @@ from sklearn.base import BaseEstimator, TransformerMixin  # noqa: E402
 from sklearn.utils import check_random_state  # noqa: E402
 from sklearn.utils.validation import check_is_fitted  # noqa: E402
 
+try:
+    from sklearn.utils.validation import validate_data  # 1.6
+except ImportError:  # a method of every estimator before
+    validate_data = None
+
 Array = NDArray[np.float64]
 
 MAX_LIFTED = 30  # base columns up to which degree="auto" appends products: n (n + 3) / 2 columns in all
@@ -42,14 +47,17 @@ MIN_PRODUCTS = 50  # a product column seen in fewer rows is left out
 CLIP = 0.002  # products are clipped at these quantiles: a few extreme ones would dominate their column
 RIDGES = (0.5, 1.0, 2.0, 4.0)  # lambda of the row posterior, chosen on held-out cells
 HELD_OUT_ROWS = 2500  # rows used to choose it
-ROW_BLOCK = 2000  # rows solved together: 2000 k x k systems
+MAX_RANK = 256  # of rank="auto": work and memory grow with its square
+ROW_BLOCK = 2000  # rows solved together: 2000 k x k systems, fewer where k is large
+BLOCK_NUMBERS = 1 << 24  # in the products of a block, 128 MiB
 
 
-class LowRankImputer(TransformerMixin, BaseEstimator):
+class LowRankImputer(SavedEstimator, TransformerMixin, BaseEstimator):
     r"""Fill the missing cells of a table with a compressed deep low-rank model.
 
     Args:
-        rank: inner width k; ``"auto"`` is three per input column plus one with products or a window, else 3/4 of the columns.
+        rank: inner width k; ``"auto"`` is three per input column plus one with products, else 3/4 of the columns (with a
+            window: of the joined ones), at most 256.
         depth: number L of k x k cores.
         degree: 2 appends the products of all pairs of columns, 1 does not; ``"auto"`` is 2 up to 30 columns without a window.
         window: for rows in time order: join each row with its ``window`` predecessors and successors.
@@ -124,6 +132,11 @@ class LowRankImputer(TransformerMixin, BaseEstimator):
     def fit(self, X: ArrayLike, y: None = None, *, mask: ArrayLike | None = None) -> LowRankImputer:
         """Fit to a ``(rows, columns)`` table; missing cells are NaN, ``missing_values``, or False in ``mask``."""
         self._check_parameters()
+        with self._all_or_nothing():
+            self._fit(X, mask)
+        return self
+
+    def _fit(self, X: ArrayLike, mask: ArrayLike | None) -> None:
         table = self._table("fit", X, mask, reset=True)
         seen = ~np.isnan(table)
         if not seen.any():
@@ -134,14 +147,11 @@ class LowRankImputer(TransformerMixin, BaseEstimator):
             warnings.warn(
                 f"LowRankImputer: columns {names} have no observed cell and are dropped; keep_empty_features=True keeps them",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         table = table[:, self.kept_]
-        self.mean_ = np.nanmean(table, 0)
-        self.scale_ = np.nanstd(table, 0)
-        self.scale_[self.scale_ <= 1e-12 * np.maximum(np.abs(self.mean_), 1e-300)] = 1.0
+        self.mean_, self.scale_ = np.array([mean_and_scale(column[~np.isnan(column)]) for column in table.T]).T
         self._fit_standardized((table - self.mean_) / self.scale_)
-        return self
 
     def transform(self, X: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """The table with its missing cells filled; observed cells come back as they are. Rows need not be those of fit."""
@@ -165,7 +175,17 @@ class LowRankImputer(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         names = getattr(self, "feature_names_in_", None)
         if input_features is not None:
-            names = np.asarray(input_features, dtype=object)
+            given = np.asarray(input_features, dtype=object)
+            if given.shape != (self.n_features_in_,):
+                raise ValueError(
+                    f"LowRankImputer.get_feature_names_out: input_features must be {self.n_features_in_} names, "
+                    f"got shape {given.shape}"
+                )
+            if names is not None and not np.array_equal(given, names):
+                raise ValueError(
+                    "LowRankImputer.get_feature_names_out: input_features must equal feature_names_in_, the names in fit"
+                )
+            names = given
         elif names is None:
             names = np.array([f"x{i}" for i in range(self.n_features_in_)], dtype=object)
         return names if self.keep_empty_features else names[self.kept_]
@@ -174,6 +194,9 @@ class LowRankImputer(TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
         return tags
+
+    def _more_tags(self) -> dict[str, Any]:  # scikit-learn below 1.6
+        return {"allow_nan": True}
 
     # ------------------------------------------------------------------ the lifted table
 
@@ -234,7 +257,7 @@ class LowRankImputer(TransformerMixin, BaseEstimator):
             result = solver.train(model, entries, options, callback=callback)
         self.status_, self.history_, self.n_steps_ = result.status, result.history, result.steps
         if result.status is solver.Status.DIVERGED:
-            warnings.warn(f"LowRankImputer: {result.status.message}", UserWarning, stacklevel=3)
+            warnings.warn(f"LowRankImputer: {result.status.message}", UserWarning, stacklevel=4)
 
         left = model.effective_left().double().cpu().numpy()
         self.columns_ = model.columns.double().cpu().numpy()
@@ -277,41 +300,64 @@ class LowRankImputer(TransformerMixin, BaseEstimator):
         columns, intercept = self.columns_, self.intercept_
         rank = columns.shape[1]
         weighted = columns / (ridge * self.noise_)[:, None]
-        squares = (weighted[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
+        # Of every column, W_j W_j^T: one product with what each row has observed; too large for wide tables.
+        few = len(columns) * rank**2 <= 2 * BLOCK_NUMBERS
+        squares = (weighted[:, :, None] * columns[:, None, :]).reshape(len(columns), -1) if few else None
+        size = max(1, min(ROW_BLOCK, BLOCK_NUMBERS // rank**2))
         out = np.empty((len(z), z.shape[1]))
-        for begin in range(0, len(z), ROW_BLOCK):
-            block = table[begin : begin + ROW_BLOCK]
+        for begin in range(0, len(z), size):
+            block = table[begin : begin + size]
             seen = ~np.isnan(block)
-            precision = (seen.astype(float) @ squares).reshape(-1, rank, rank) + self.row_precision_
+            if squares is not None:
+                precision = (seen.astype(float) @ squares).reshape(-1, rank, rank) + self.row_precision_
+            else:
+                precision = np.stack([weighted[row].T @ columns[row] for row in seen]) + self.row_precision_
             target = np.where(seen, block - intercept, 0.0) @ weighted
             u = np.linalg.solve(precision, target[..., None])[..., 0]
-            out[begin : begin + ROW_BLOCK] = u @ columns[base].T + intercept[base]
+            out[begin : begin + size] = u @ columns[base].T + intercept[base]
         return out
+
+    # ------------------------------------------------------------------ files
+
+    _saved_arrays = (
+        "kept_", "mean_", "scale_", "product_stats_", "columns_", "intercept_", "noise_", "row_mean_", "row_precision_"
+    )  # fmt: skip
+    _saved_values = ("products_", "ridge_", "validation_rmse_", "n_features_in_")
+
+    def _arrays(self) -> dict[str, Any]:
+        names = getattr(self, "feature_names_in_", None)
+        return super()._arrays() | ({} if names is None else {"feature_names_in_": names.astype(str)})
+
+    def _take_arrays(self, arrays: dict[str, NDArray[Any]]) -> None:
+        super()._take_arrays(arrays)
+        self.products_ = [(int(i), int(j)) for i, j in self.products_]
+        if "feature_names_in_" in arrays:
+            self.feature_names_in_ = arrays["feature_names_in_"].astype(object)
+            self._check_shapes({"feature_names_in_": (self.n_features_in_,)})
+        count, products, k = int(self.kept_.sum()), len(self.products_), self.columns_.shape[1]
+        lifted = count * (2 * self.window + 1) + products
+        self._check_shapes({"kept_": (self.n_features_in_,), "mean_": (count,), "scale_": (count,)})
+        self._check_shapes({"product_stats_": (4, products), "columns_": (lifted, k), "intercept_": (lifted,)})
+        self._check_shapes({"noise_": (lifted,), "row_mean_": (k,), "row_precision_": (k, k)})
 
     # ------------------------------------------------------------------ checks
 
     def _rank(self, inputs: int, shape: tuple[int, int]) -> int:
         largest = min(shape)
         if self.rank == "auto":
-            return min(largest, 3 * inputs + 1 if self.products_ else max(1, 3 * shape[1] // 4))
+            return min(largest, MAX_RANK, 3 * inputs + 1 if self.products_ else max(1, 3 * shape[1] // 4))
         if int(self.rank) > largest:
             raise ValueError(
-                f"LowRankImputer: rank must be at most {largest} for a (lifted) table of shape {shape}, got {self.rank}; "
-                "use rank='auto'"
+                f"LowRankImputer: rank must be 'auto' or at most {largest} for a (lifted) table of shape {shape}, "
+                f"got {self.rank}"
             )
         return int(self.rank)
 
     def _table(self, method: str, X: ArrayLike, mask: ArrayLike | None, reset: bool) -> Array:
-        from sklearn.utils.validation import validate_data
-
-        try:
-            table = validate_data(
-                self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan", copy=True, ensure_min_samples=1
-            )
-        except ValueError as error:
-            if "infinity" not in str(error):
-                raise
-            raise ValueError(f"LowRankImputer.{method}: X must not hold infinity: {error}") from error
+        if validate_data is not None:
+            table = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, copy=True)
+        else:
+            table = self._validate_data(X, reset=reset, dtype=np.float64, force_all_finite=False, copy=True)
         if not np.isnan(self.missing_values):
             table[table == self.missing_values] = np.nan
         if mask is not None:
@@ -322,30 +368,34 @@ class LowRankImputer(TransformerMixin, BaseEstimator):
                     f"got {observed.dtype} of shape {observed.shape}"
                 )
             table[~observed] = np.nan
+        infinite = np.argwhere(np.isinf(table))
+        if len(infinite):
+            i, j = infinite[0]
+            raise ValueError(
+                f"LowRankImputer.{method}: X must not contain infinity, got {table[i, j]} in row {i}, column {j} "
+                f"({len(infinite)} such cells); mark them as missing"
+            )
         return table
 
     def _check_parameters(self) -> None:
         def refuse(name: str, wanted: str) -> None:
             raise ValueError(f"LowRankImputer: {name} must be {wanted}, got {getattr(self, name)!r}")
 
-        if self.rank != "auto" and (isinstance(self.rank, str) or self.rank < 1):
-            refuse("rank", "'auto' or at least 1")
-        if self.degree not in ("auto", 1, 2):
-            refuse("degree", "'auto', 1 or 2")
-        if self.window < 0:
-            refuse("window", "at least 0")
-        if self.window and self.degree == 2:
-            refuse("degree", "1 (or 'auto') where a window is given")
-        if self.depth < 1:
-            refuse("depth", "at least 1")
-        if self.max_steps < 1:
-            refuse("max_steps", "at least 1")
-        if not self.learning_rate > 0:
-            refuse("learning_rate", "positive")
+        def check(name: str, fine: bool, wanted: str) -> None:
+            if not fine:
+                refuse(name, wanted)
+
+        rank, degree = self.rank, self.degree
+        automatic = isinstance(rank, str) and rank == "auto"
+        check("rank", automatic or (is_integer(rank) and rank >= 1), "'auto' or an integer of at least 1")  # type: ignore[operator]
+        check("degree", (is_integer(degree) and degree in (1, 2)) or degree == "auto", "'auto', 1 or 2")
+        check("window", is_integer(self.window) and self.window >= 0, "an integer of at least 0")
+        check("degree", not self.window or degree != 2, "1 (or 'auto') where a window is given")
+        check_common(self)
         for name in ("row_penalty", "column_penalty"):
-            if not getattr(self, name) >= 0:
-                refuse(name, "at least 0")
-        if not 0 <= self.validation_fraction < 1:
-            refuse("validation_fraction", "from 0 to below 1")
-        if self.dtype not in ("float32", "float64"):
-            refuse("dtype", "'float32' or 'float64'")
+            value = getattr(self, name)
+            check(name, is_number(value) and 0 <= value < np.inf, "a finite number of at least 0")
+        share = self.validation_fraction
+        check("validation_fraction", is_number(share) and 0 <= share < 1, "from 0 to below 1")
+        missing = self.missing_values
+        check("missing_values", is_number(missing) and not np.isinf(missing), "NaN or a finite number")
