@@ -26,6 +26,9 @@ MODULES = {
 FLOORS = {
     "entries": 1,
     "files": 1,
+    "delimited": 1,
+    "tables": 1,
+    "pictures": 1,
     "_native": 1,
     "reference": 2,
     "ops": 3,
