@@ -70,7 +70,8 @@ void for_types(bool is_double, bool wide_index, const CompletionArguments& a, Ru
     wide_index ? run(completion_pass<float, int64_t>(a)) : run(completion_pass<float, int32_t>(a));
 }
 
-void completion_cpu(bool is_double, bool wide_index, const CompletionArguments& a, int threads) {
+// Writes 1/2 sum w E^2 to `loss`, the units of work in their order, where there are loss_parts.
+void completion_cpu(bool is_double, bool wide_index, const CompletionArguments& a, std::uintptr_t loss, int threads) {
   const int lanes = lrk::simd_bytes(g_simd) / (is_double ? 8 : 4);
   if (a.width % lanes != 0)
     throw std::invalid_argument("completion_pass: width must be a multiple of " + std::to_string(lanes) + ", got " +
@@ -78,14 +79,20 @@ void completion_cpu(bool is_double, bool wide_index, const CompletionArguments& 
   if (a.plan_size < 2 || a.long_count != 0)
     throw std::invalid_argument("completion_pass: the entries were planned for CUDA; move them with ObservedEntries.to()");
   for_types(is_double, wide_index, a, [&](const auto& p) {
+    typedef std::remove_const_t<std::remove_pointer_t<decltype(p.own)>> T;
+    T* const total = pointer<T>(loss, p.loss_parts != nullptr, "loss");
     py::gil_scoped_release release;
     switch (g_simd) {
 #if defined(__x86_64__)
-      case lrk::Simd::avx512: return lrk::completion_pass_avx512(p, threads);
-      case lrk::Simd::avx2: return lrk::completion_pass_avx2(p, threads);
+      case lrk::Simd::avx512: lrk::completion_pass_avx512(p, threads); break;
+      case lrk::Simd::avx2: lrk::completion_pass_avx2(p, threads); break;
 #endif
-      default: return lrk::completion_pass_portable(p, threads);
+      default: lrk::completion_pass_portable(p, threads);
     }
+    if (!p.loss_parts) return;
+    double sum = 0;
+    for (int64_t unit = 0; unit + 1 < p.plan_size; ++unit) sum += p.loss_parts[unit];
+    *total = T(sum / 2);
   });
 }
 

@@ -105,7 +105,7 @@ def test_pass_refuses_misaligned_rows_and_foreign_plans() -> None:
     with pytest.raises(ValueError, match="planned for the CPU"):
         _native._C.completion_cuda(False, False, arguments(own=16, plan_size=3), 0, 0, 0, 0)
     with pytest.raises(ValueError, match="planned for CUDA"):
-        _native._C.completion_cpu(False, False, arguments(own=16, plan_size=1), 1)
+        _native._C.completion_cpu(False, False, arguments(own=16, plan_size=1), 0, 1)
 
 
 @cuda_built

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ def _load() -> tuple[ModuleType | None, str]:
 _C: Any
 _C, unavailable = _load()  # `unavailable` is the reason, empty when the module is there
 _SIMD_BYTES = 0 if _C is None else int(_C.simd_bytes())  # constants: torch.compile reads them, it cannot call into _C
+MIN_CAPABILITY = (8, 0)  # the oldest GPU architecture the CUDA kernels are compiled for
 _HAS_CUDA = _C is not None and bool(_C.has_cuda) and torch.version.hip is None
 
 
@@ -40,6 +42,22 @@ def has_cpu() -> bool:
 def has_cuda() -> bool:
     """True where the CUDA kernels were built; "cuda" devices of a ROCm torch are not for them."""
     return _HAS_CUDA
+
+
+@cache
+def _gpu_serves(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= MIN_CAPABILITY
+
+
+def serves(device: torch.device) -> bool:
+    """True where a native kernel runs on the device: the CPU, or a GPU the kernels were built for."""
+    if device.type == "cpu":
+        return _C is not None
+    return (
+        device.type == "cuda"
+        and _HAS_CUDA
+        and _gpu_serves(torch.cuda.current_device() if device.index is None else device.index)
+    )
 
 
 def factor_lanes(dtype: torch.dtype, device: torch.device) -> int:
@@ -115,11 +133,10 @@ def completion_pass(
         own_loss.data_ptr(),
     )
     types = own.dtype == torch.float64, side.indices.dtype == torch.int64
-    if not on_cuda:
-        _C.completion_cpu(*types, arguments, torch.get_num_threads())
-        loss = (parts.sum() / 2).to(own.dtype) if want_loss else own.new_empty(0)
-        return loss, own_grad, own_bias_grad, own_loss
     loss = own.new_empty(() if want_loss else 0)
+    if not on_cuda:
+        _C.completion_cpu(*types, arguments, loss.data_ptr(), torch.get_num_threads())
+        return loss, own_grad, own_bias_grad, own_loss
     # Workspace and outputs come from torch, on the stream that uses them: its allocator may reuse them as soon as we return.
     workspace = own.new_empty(_C.completion_cuda_workspace(*types, arguments, want_loss), dtype=torch.uint8)
     device = own.device.index

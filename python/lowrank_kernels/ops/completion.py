@@ -18,7 +18,7 @@ from .. import _native, reference
 from ..entries import MAX_WIDTH, ObservedEntries, SortedEntries
 from ..reference.completion import completion_pass as reference_pass
 from ..reference.core import core_gradients, core_product
-from .registry import define, forward_ad_active, functorch_active, library, same, shaped
+from .registry import define, eager, forward_ad_active, functorch_active, library, same, shaped
 
 _SIDE = "Tensor {0}_offsets, Tensor {0}_index, Tensor {0}_values, Tensor? {0}_weights, Tensor {0}_plan, int {0}_long"
 define(
@@ -59,6 +59,8 @@ def _composite(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor |
 def _native_passes(
     p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any
 ) -> Outputs:
+    if not _native.serves(p.device):  # a GPU older than the kernels
+        return _composite(p, v, row_bias, col_bias, offset, *rest)
     by_row, by_col, want_row, want_col = SortedEntries(*rest[:6]), SortedEntries(*rest[6:12]), rest[12], rest[13]
     k = p.shape[1]
     extra = -k % _native.factor_lanes(p.dtype, p.device)
@@ -98,6 +100,11 @@ if _native.has_cuda():
 torch.library.register_fake("lowrank_kernels::_completion", _fake, lib=library)
 
 
+def _run(p: Tensor, v: Tensor, *rest: Any) -> Outputs:
+    """The op; without the dispatcher where nothing needs it."""
+    return (_native_passes if eager(p, v) and _native.serves(p.device) else _op)(p, v, *rest)
+
+
 # ---------------------------------------------------------------------- loss and gradients
 
 
@@ -123,7 +130,7 @@ def _loss_and_gradients(
     p = left @ padded if padded is not None else F.pad(left, (0, extra)) if extra else left
     v = F.pad(right.t(), (0, extra)) if extra else right.t()
     by_row, by_col = wanted[0] or wanted[1] or wanted[3], wanted[2] or wanted[4]
-    loss, grad_p, grad_row_bias, _, grad_v, grad_col_bias, _ = _op(
+    loss, grad_p, grad_row_bias, _, grad_v, grad_col_bias, _ = _run(
         p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *sides, by_row, by_col
     )
     grad_left = grad_core = None
@@ -348,7 +355,7 @@ def completion_sides(
     extra = -k % _native.factor_lanes(p.dtype, p.device)
     if extra:
         p, v = F.pad(p, (0, extra)), F.pad(v, (0, extra))
-    loss, *sums = _op(p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *_flat(entries), by_row, by_col)
+    loss, *sums = _run(p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *_flat(entries), by_row, by_col)
     rows, cols = SideSums(*sums[:3]), SideSums(*sums[3:])
     if extra:
         rows, cols = (side._replace(grad=side.grad[:, :k]) if side.grad.ndim == 2 else side for side in (rows, cols))

@@ -21,6 +21,16 @@ def forward_ad_active() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def eager(*tensors: torch.Tensor) -> bool:
+    """True where a kernel may be called without the dispatcher (20 us a call): plain tensors, nothing traces or intercepts."""
+    if torch.compiler.is_compiling() or _dispatch_modes():
+        return False
+    return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+
+
 def define(schema: str) -> None:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 

@@ -10,23 +10,27 @@ def core_product(core: Tensor | None) -> Tensor | None:
     """``core[L-1] @ ... @ core[0]`` of a ``(L, k, k)`` core; None (the identity) for no core or L = 0."""
     if core is None or core.shape[0] == 0:
         return None
-    product = core[0]
-    for layer in core[1:]:
-        product = layer @ product
-    return product
+    first, *others = core.unbind()
+    for layer in others:
+        first = layer @ first
+    return first
 
 
 def core_gradients(core: Tensor, grad_product: Tensor) -> Tensor:
-    """``dC_l = (C_L ... C_{l+1})^T dC (C_{l-1} ... C_1)^T`` for every l, stacked as ``core``; 2 L small products.
+    """``dC_l = (C_L ... C_{l+1})^T dC (C_{l-1} ... C_1)^T`` for every l, stacked as ``core``; 3 L - 4 small products.
 
     Source: Yaras et al., ICML 2024, equation (14) on the compressed factors.
     """
-    prefixes: list[Tensor | None] = [None]  # prefixes[l] = core[l-1] @ ... @ core[0]
-    for layer in core[:-1]:
-        before = prefixes[-1]
-        prefixes.append(layer if before is None else layer @ before)
-    grads = []
-    for layer, prefix in zip(reversed(core.unbind()), reversed(prefixes), strict=True):
-        grads.append(grad_product if prefix is None else grad_product @ prefix.t())
-        grad_product = layer.t() @ grad_product
-    return torch.stack(grads[::-1])
+    depth = core.shape[0]
+    if depth == 0:
+        return core
+    layers = core.unbind()
+    prefixes = [layers[0]]  # prefixes[l] = core[l] @ ... @ core[0]
+    for layer in layers[1:-1]:
+        prefixes.append(layer @ prefixes[-1])
+    grads = [grad_product] * depth
+    for index in range(depth - 1, 0, -1):
+        grads[index] = grad_product @ prefixes[index - 1].t()
+        grad_product = layers[index].t() @ grad_product
+    grads[0] = grad_product
+    return torch.stack(grads)
