@@ -1,4 +1,4 @@
-"""Complete a photograph with 70 % of its pixels removed, and ratings where they are at hand.
+"""Complete a photograph with 70 % of its pixels removed, and movie ratings and air measurements where they are at hand.
 
 python examples/demo.py --out out/demo
 """
@@ -30,10 +30,10 @@ def complete(*arguments: object) -> None:
         sys.exit(code)
 
 
-def ratings() -> tuple[Path | None, list[Path]]:
-    """The MovieLens ratings, and the places looked at."""
+def find(*parts: str) -> tuple[Path | None, list[Path]]:
+    """A data set, and the places looked at."""
     folders = [os.environ.get("LOWRANK_DATA"), HERE.parent.parent / "shared" / "data"]
-    places = [Path(folder) / "ml-latest-small" / "ratings.csv" for folder in folders if folder]
+    places = [Path(folder).joinpath(*parts) for folder in folders if folder]
     return next((place for place in places if place.is_file()), None), places
 
 
@@ -48,15 +48,22 @@ def main() -> None:
     compare, picture, curve = out / "photograph_before_after.png", out / "photograph.png", out / "photograph_curve.png"
     complete(PICTURE, "--sampling-rate", 0.3, "-o", picture, "--compare", compare, "--plot", curve)
 
-    found, places = ratings()
-    if found is not None:
-        print("\nMovieLens ratings, 10 % held out:")
-        complete(found, "--plot", out / "ratings_curve.png")
-    else:
-        print("\nNo ratings at hand, so only the photograph was completed. Looked for:")
-        for place in places:
-            print(f"  {place}")
-        print("Get ml-latest-small from https://grouplens.org/datasets/movielens and set LOWRANK_DATA to the folder above it.")
+    for title, name, source, arguments in (
+        ("MovieLens ratings", ("ml-latest-small", "ratings.csv"), "https://grouplens.org/datasets/movielens", ()),
+        (
+            "Hourly air quality, gaps filled",
+            ("air-quality", "AirQuality.csv"),
+            "https://archive.ics.uci.edu/dataset/360/air+quality (saved with commas and decimal points)",
+            ("--missing-value", -200, "--window", 1, "-o", out / "air-quality_filled.csv"),
+        ),
+    ):
+        found, places = find(*name)
+        if found is not None:
+            print(f"\n{title}, 10 % held out:")
+            complete(found, *arguments, "--plot", out / f"{name[0]}_curve.png")
+        else:
+            print(f"\n{title}: not at hand, left out. Looked for {', '.join(map(str, places))}.")
+            print(f"Get {name[0]} from {source} and set LOWRANK_DATA to the folder above it.")
 
     print(f"\n{time.perf_counter() - started:.0f} s; the results are in {out}:")
     for path in sorted(out.iterdir()):

@@ -18,9 +18,10 @@ import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from lowrank_kernels import cli, files  # noqa: E402
+from lowrank_kernels import cli, files, pictures, problems, solver, tables, tasks  # noqa: E402
 
 DATA = Path(os.environ.get("LOWRANK_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data not at {DATA}; set LOWRANK_DATA")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def photograph(tmp_path):
     y, x = np.mgrid[:32, :40] / 40
     colour = np.stack([0.5 + 0.4 * np.sin(4 * x) * np.cos(3 * y), 0.2 + 0.6 * x, 0.2 + 0.6 * y], axis=2)
     path = tmp_path / "photo.png"
-    files.write_picture(path, colour)
+    pictures.write_picture(path, colour)
     return path
 
 
@@ -153,7 +154,7 @@ def test_matrix_market(tmp_path, matrix):
 def test_bias_baseline_is_the_damped_least_squares_minimum(matrix):
     row, col = np.nonzero(np.random.default_rng(1).random(matrix.shape) < 0.3)
     values = matrix[row, col]
-    baseline = cli.bias_baseline(cli.Entries(row, col, values), damping=5.0, sweeps=200)
+    baseline = tasks.bias_baseline(problems.Entries(row, col, values), damping=5.0, sweeps=200)
     design = np.zeros((len(values), 70))
     design[np.arange(len(values)), row] = design[np.arange(len(values)), 40 + col] = 1
     solution = np.linalg.solve(design.T @ design + 5 * np.eye(70), design.T @ (values - values.mean()))
@@ -165,21 +166,64 @@ def test_bias_baseline_is_the_damped_least_squares_minimum(matrix):
 # ---------------------------------------------------------------------- dense
 
 
-def test_dense(tmp_path, matrix):
-    missing = np.random.default_rng(2).random(matrix.shape) < 0.3
+def nonlinear(rows, seed=0):
+    """Six columns that are functions of two latent ones, of very different scale."""
+    x, y = np.random.default_rng(seed).standard_normal((2, rows))
+    return np.column_stack([x, 10 * y, 1000 * (x + y), x * y, 0.1 * x**2 + 7, y - x])
+
+
+def test_dense(tmp_path):
+    truth = nonlinear(400)
+    missing = np.random.default_rng(2).random(truth.shape) < 0.2
     missing[5] = True  # a row without any entry
-    gaps = np.where(missing, -200, matrix)
-    path, out = tmp_path / "a.csv", tmp_path / "out.csv"
-    files.write_dense(path, files.Dense(gaps, [f"c{j}" for j in range(30)], {"day": [f"d{i}" for i in range(40)]}))
-    output = completed(path, *FAST, "--missing-value", -200, "-o", out, "--standardize")
-    assert "labels in day" in output
-    assert table(output, "this model")[0] < table(output, "bias only")[0]
-    filled = files.read_dense(out)
-    assert filled.labels == {"day": [f"d{i}" for i in range(40)]}
-    assert np.isfinite(filled.values).all()
-    np.testing.assert_array_equal(filled.values[~missing], matrix[~missing])
+    path, out, model, curve = (tmp_path / name for name in ("a.csv", "out.csv", "m.npz", "curve.svg"))
+    labels = {"who": [f"w{i}" for i in range(400)]}
+    files.write_dense(path, files.Dense(np.where(missing, -200, truth), list("abcdef"), labels))
+    plot = ("--plot", curve) if pytest.importorskip("matplotlib", reason="plots need matplotlib") else ()
+    output = completed(path, "--missing-value", -200, "--max-steps", 100, "-o", out, "--save-model", model, *plot)
+    for word in ("labels in who", "RMSE / column std", "then fitted to all entries", "completed table"):
+        assert word in output
+    assert "--window" not in output  # no column of times
+    error = table(output, "this model")
+    assert error[0] < 0.6 * min(table(output, "bias only")[0], table(output, "column means")[0])
+    assert error[1] < error[0]
+    filled = tables.read_dense(out)
+    assert filled.labels == labels
+    np.testing.assert_array_equal(filled.values[~missing], truth[~missing])
+    scaled = (filled.values - truth) / truth.std(0)
     missing[5] = False
-    assert np.sqrt(np.mean((filled.values - matrix)[missing] ** 2)) < 0.7 * matrix.std()
+    assert np.sqrt(np.mean(scaled[missing] ** 2)) < 0.6
+    from lowrank_kernels import LowRankImputer
+
+    again = LowRankImputer.load(model).transform(tables.read_dense(path, -200).values)
+    np.testing.assert_allclose(again, filled.values, rtol=1e-5)
+    assert curve.stat().st_size > 5000
+
+
+def test_dense_rows_in_time_order(tmp_path):
+    t = np.arange(300.0)[:, None]
+    truth = np.sin(t / 7 + np.arange(4)) + 0.3 * np.random.default_rng(0).standard_normal((300, 1))
+    gaps = np.where(np.random.default_rng(1).random(truth.shape) < 0.1, np.nan, truth)
+    files.write_dense(tmp_path / "a.csv", files.Dense(gaps, list("abcd"), {"Date": [f"d{i}" for i in range(300)]}))
+    assert "--window 1" in completed(tmp_path / "a.csv", "--max-steps", 10)
+    output = completed(tmp_path / "a.csv", "--window", 2, "--rank", 6, "--depth", 2, "--max-steps", 60, "--no-refit")
+    assert "inner width 6, 60 steps" in output
+    assert "rows in time order" not in output
+    assert table(output, "this model")[0] < 0.6 * table(output, "column means")[0]
+
+
+def test_dense_takes_the_options_of_the_solver(tmp_path):
+    np.save(tmp_path / "a.npy", nonlinear(100))
+    runs = [("--seed", 3), ("--seed", 3), ("--seed", 4), ("--seed", 3, "--dtype", "float64", "--device", "cpu", "--threads", 1)]
+    outputs = []
+    for number, options in enumerate(runs):
+        out = tmp_path / f"{number}.npz"
+        completed(tmp_path / "a.npy", "--max-steps", 5, "--held-out", 0, *options, "--save-model", out)
+        with np.load(out) as arrays:
+            outputs.append(arrays["columns_"])
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert not np.array_equal(outputs[0], outputs[2])
+    assert not np.array_equal(outputs[0], outputs[3])
 
 
 def test_npy_and_mask(tmp_path, matrix):
@@ -192,9 +236,29 @@ def test_npy_and_mask(tmp_path, matrix):
     assert np.abs(filled).max() < 100
 
 
-def test_columns_of_different_scale_get_a_hint(tmp_path, matrix):
-    np.save(tmp_path / "a.npy", matrix * np.where(np.arange(30) < 5, 1000, 1))
-    assert "--standardize" in completed(tmp_path / "a.npy", *FAST, "--max-steps", 5)
+def test_columns_without_cells_stay_empty(tmp_path):
+    table_ = nonlinear(60)
+    table_[:, 2] = np.nan
+    table_[1:, 4] = np.nan  # a column with one observed cell: never held out
+    path, out = tmp_path / "a.csv", tmp_path / "out.csv"
+    files.write_dense(path, files.Dense(table_, list("abcdef")))
+    output = completed(path, *FAST, "--held-out", 0.5, "-o", out)
+    assert "without any observed cell stay empty: c" in " ".join(output.split())
+    np.testing.assert_array_equal(np.isnan(tables.read_dense(out).values).all(0), np.arange(6) == 2)
+
+
+@needs_data
+def test_air_quality_beats_column_means(tmp_path):
+    """Every eighth hour of the real table, and 800 consecutive ones with a window."""
+    lines = (DATA / "air-quality" / "AirQuality.csv").read_text().splitlines(keepends=True)
+    for name, rows, options in (("each8.csv", lines[1::8], ()), ("run.csv", lines[1:801], ("--window", 1))):
+        (tmp_path / name).write_text(lines[0] + "".join(rows))
+        out = tmp_path / f"filled_{name}"
+        output = completed(tmp_path / name, "--missing-value", -200, "--max-steps", 150, "-o", out, *options)
+        assert table(output, "rows") == [len(rows)]
+        assert table(output, "this model")[0] < 0.45 < 0.9 < table(output, "column means")[0]
+        assert table(output, "this model")[0] < 0.7 * table(output, "bias only")[0]
+        assert np.isfinite(tables.read_dense(out).values).all()
 
 
 # ---------------------------------------------------------------------- pictures
@@ -206,7 +270,7 @@ def test_picture_by_sampling(tmp_path, photograph):
     assert "removed values" in output
     assert "to all entries" not in output  # the removed pixels stay removed
     assert table(output, "this model")[0] > table(output, "mean fill")[0] + 3  # dB
-    original, filled, three = (files.read_picture(path) for path in (photograph, out, compare))
+    original, filled, three = (pictures.read_picture(path) for path in (photograph, out, compare))
     assert filled.shape == original.shape
     assert three.shape == (32, 3 * 40 + 2 * 8, 3)
     np.testing.assert_array_equal(three[:, :40], original)
@@ -217,20 +281,20 @@ def test_picture_by_sampling(tmp_path, photograph):
 
 
 def test_picture_with_mask_and_alpha(tmp_path, photograph):
-    original = files.read_picture(photograph)
+    original = pictures.read_picture(photograph)
     mask = np.random.default_rng(0).random((32, 40)) < 0.6
     Image.fromarray(mask).save(tmp_path / "mask.png")
     damaged = np.where(mask[..., None], original, 1.0)
-    files.write_picture(tmp_path / "damaged.png", damaged)
+    pictures.write_picture(tmp_path / "damaged.png", damaged)
     rgba = np.dstack([np.rint(damaged * 255), mask * 255.0]).astype(np.uint8)
     Image.fromarray(rgba).save(tmp_path / "alpha.png")
     completed(tmp_path / "damaged.png", *FAST, "--mask", tmp_path / "mask.png", "-o", tmp_path / "a.png")
     completed(tmp_path / "alpha.png", *FAST, "--alpha-mask", "-o", tmp_path / "b.png", "--compare", tmp_path / "c.png")
-    a, b = files.read_picture(tmp_path / "a.png"), files.read_picture(tmp_path / "b.png")
+    a, b = pictures.read_picture(tmp_path / "a.png"), pictures.read_picture(tmp_path / "b.png")
     np.testing.assert_array_equal(a[mask], original[mask])
     np.testing.assert_array_equal(a, b)
     assert np.mean((a - original)[~mask] ** 2) < 0.2 * np.mean((damaged - original)[~mask] ** 2)
-    assert files.read_picture(tmp_path / "c.png").shape[1] == 2 * 40 + 8  # no original: it is not known
+    assert pictures.read_picture(tmp_path / "c.png").shape[1] == 2 * 40 + 8  # no original: it is not known
 
 
 # ---------------------------------------------------------------------- refusals
@@ -250,6 +314,9 @@ def test_wrong_input_is_refused_with_one_line(tmp_path, ratings, photograph):
     assert "--output PREDICTIONS.csv" in refused(ratings, "--predict", ratings)
     assert "can be written as .png" in refused(photograph, "--sampling-rate", 0.5, "-o", tmp_path / "o.jpg")
     assert "two outputs" in refused(ratings, "-o", tmp_path / "o.npz", "--save-model", tmp_path / "o.npz")
+    assert "--window does not apply" in refused(ratings, "--window", 1)
+    assert "--save-model" in refused(ratings, "--kind", "dense", "-o", tmp_path / "o.npz")
+    assert "error: " + str(ratings) + ": --rank must be at most 30 for" in refused(ratings, "--rank", 400)
     assert "mkdir -p" in refused(ratings, "-o", tmp_path / "no" / "o.npz")
     (tmp_path / "pairs.csv").write_text("user\nu1\n")
     assert "2 columns are needed" in refused(ratings, "-o", tmp_path / "o.csv", "--predict", tmp_path / "pairs.csv")
@@ -318,6 +385,35 @@ def test_interrupt_keeps_and_writes_the_best_model(tmp_path, ratings, monkeypatc
         assert np.isfinite(f["left"]).all()
 
 
+def test_interrupt_of_a_table(tmp_path, monkeypatch):
+    @contextmanager
+    def interrupting(title, hidden):
+        def progress(step, max_steps, record):
+            raise KeyboardInterrupt
+
+        yield progress
+
+    monkeypatch.setattr(cli, "_progress", interrupting)
+    np.save(tmp_path / "a.npy", np.where(np.random.default_rng(0).random((60, 6)) < 0.2, np.nan, nonlinear(60)))
+    result = run("complete", tmp_path / "a.npy", "-o", tmp_path / "f.npy")
+    assert result.exit_code == 130
+    assert "run it again" in " ".join(result.stdout.split())
+    assert np.isfinite(np.load(tmp_path / "f.npy")).all()
+
+
+def test_next_steps_are_in_the_words_of_the_command_line(ratings):
+    class Model:
+        n_steps_ = 40
+
+    for status in solver.Status:
+        Model.status_ = status
+        words = tasks.EntryFit(Model).status
+        assert not any(word in words for word in ("warm_start", "max_steps", "learning rate"))
+    Model.status_ = solver.Status.MAX_STEPS
+    assert "raise --max-steps above 40" in tasks.EntryFit(Model).status
+    assert "--max-steps above 2" in " ".join(completed(ratings, "--rank", 4, "--max-steps", 2).split())
+
+
 def test_interrupt_outside_a_fit(tmp_path, ratings, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -368,7 +464,7 @@ def test_doctor_command():
     assert "completion on cpu" in result.output
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"real data not at {DATA}; set LOWRANK_DATA")
+@needs_data
 def test_movielens_is_understood():
     output = completed(DATA / "ml-latest-small" / "ratings.csv", "--rank", 4, "--max-steps", 5)
     assert table(output, "entries") == [100_004]

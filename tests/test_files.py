@@ -12,7 +12,7 @@ polars = pytest.importorskip("polars", reason="the file readers need polars")
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 pytest.importorskip("scipy", reason="Matrix Market files need scipy")
 
-from lowrank_kernels import files  # noqa: E402
+from lowrank_kernels import files, pictures, tables  # noqa: E402
 
 DATA = Path(os.environ.get("LOWRANK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data not at {DATA}; set LOWRANK_DATA")
@@ -56,14 +56,14 @@ def refused(call, *words):
     ],
 )
 def test_triplets_are_read(tmp_path, name, content):
-    t = files.read_triplets(put(tmp_path, name, content))
+    t = tables.read_triplets(put(tmp_path, name, content))
     assert (t.row.tolist(), t.col.tolist(), t.values.tolist()) == ([1, 2], [10, 11], [4.5, 3.0])
     assert t.row.dtype == t.col.dtype == np.int64
     assert t.values.dtype == np.float64
 
 
 def test_text_labels_stay_text(tmp_path):
-    t = files.read_triplets(put(tmp_path, "a.csv", 'user,item,rating\n007,"Alien, 1979",5\nann,Heat,3\n'))
+    t = tables.read_triplets(put(tmp_path, "a.csv", 'user,item,rating\n007,"Alien, 1979",5\nann,Heat,3\n'))
     assert t.row.tolist() == ["007", "ann"]
     assert t.col.tolist() == ["Alien, 1979", "Heat"]
     assert t.row.dtype.kind == "U"
@@ -71,27 +71,27 @@ def test_text_labels_stay_text(tmp_path):
 
 def test_columns_by_name_and_number(tmp_path):
     path = put(tmp_path, "a.csv", "a,b,c,d\nx,1,2,3\ny,4,5,6\n")
-    t = files.read_triplets(path, row="d", col="a", value="b")
+    t = tables.read_triplets(path, row="d", col="a", value="b")
     assert (t.row.tolist(), t.col.tolist(), t.values.tolist()) == ([3, 6], ["x", "y"], [1, 4])
-    t = files.read_triplets(put(tmp_path, "b.csv", "9,1,2\n8,4,5\n"), row="2", col="3", value="1")
+    t = tables.read_triplets(put(tmp_path, "b.csv", "9,1,2\n8,4,5\n"), row="2", col="3", value="1")
     assert (t.row.tolist(), t.col.tolist(), t.values.tolist()) == ([1, 4], [2, 5], [9, 8])
 
 
 def test_parquet(tmp_path):
     frame = polars.DataFrame({"movieId": [10, 11], "userId": ["a", "b"], "rating": [4.5, 3.0]})
     frame.write_parquet(tmp_path / "a.parquet")
-    t = files.read_triplets(tmp_path / "a.parquet")
+    t = tables.read_triplets(tmp_path / "a.parquet")
     assert (t.row.tolist(), t.col.tolist(), t.values.tolist()) == (["a", "b"], [10, 11], [4.5, 3.0])
-    refused(lambda: files.read_triplets(tmp_path / "a.parquet", value="stars"), "'stars'", "movieId, userId, rating")
+    refused(lambda: tables.read_triplets(tmp_path / "a.parquet", value="stars"), "'stars'", "movieId, userId, rating")
     frame.with_columns(rating=polars.Series([1.0, float("nan")])).write_parquet(tmp_path / "b.parquet")
-    refused(lambda: files.read_triplets(tmp_path / "b.parquet"), "row 2", "'rating'", "nan")
+    refused(lambda: tables.read_triplets(tmp_path / "b.parquet"), "row 2", "'rating'", "nan")
     frame.with_columns(rating=polars.Series([None, 1.0])).write_parquet(tmp_path / "c.parquet")
-    refused(lambda: files.read_triplets(tmp_path / "c.parquet"), "row 1", "'rating'", "null")
+    refused(lambda: tables.read_triplets(tmp_path / "c.parquet"), "row 1", "'rating'", "null")
     frame.with_columns(rating=polars.Series(["x", "y"])).write_parquet(tmp_path / "d.parquet")
-    refused(lambda: files.read_triplets(tmp_path / "d.parquet"), "'rating'", "numbers were wanted")
+    refused(lambda: tables.read_triplets(tmp_path / "d.parquet"), "'rating'", "numbers were wanted")
     whole = (tmp_path / "a.parquet").read_bytes()
-    refused(lambda: files.read_triplets(put(tmp_path, "cut.parquet", whole[:-20])), "cut.parquet", "not readable as Parquet")
-    refused(lambda: files.read_triplets(put(tmp_path, "fake.parquet", "user,item,rating\n1,2,3\n")), "not readable as Parquet")
+    refused(lambda: tables.read_triplets(put(tmp_path, "cut.parquet", whole[:-20])), "cut.parquet", "not readable as Parquet")
+    refused(lambda: tables.read_triplets(put(tmp_path, "fake.parquet", "user,item,rating\n1,2,3\n")), "not readable as Parquet")
 
 
 HEAD = "userId,movieId,rating\n"
@@ -132,36 +132,36 @@ HEAD = "userId,movieId,rating\n"
 )
 def test_wrong_triplets_are_refused(tmp_path, content, words):
     path = put(tmp_path, "a.csv", content)
-    message = refused(lambda: files.read_triplets(path), *words)
+    message = refused(lambda: tables.read_triplets(path), *words)
     assert message.startswith(str(path))
 
 
 def test_wrong_paths_and_names_are_refused(tmp_path):
-    refused(lambda: files.read_triplets(tmp_path / "none.csv"), "no such file")
-    refused(lambda: files.read_triplets(tmp_path), "this is a folder")
+    refused(lambda: tables.read_triplets(tmp_path / "none.csv"), "no such file")
+    refused(lambda: tables.read_triplets(tmp_path), "this is a folder")
     path = put(tmp_path, "a.csv", HEAD + "1,2,3\n")
-    refused(lambda: files.read_triplets(path, row="user"), "no column 'user'", "--row", "userId, movieId, rating")
-    refused(lambda: files.read_triplets(path, row="userId", col="userId"), "asked for twice")
+    refused(lambda: tables.read_triplets(path, row="user"), "no column 'user'", "--row", "userId, movieId, rating")
+    refused(lambda: tables.read_triplets(path, row="userId", col="userId"), "asked for twice")
 
 
 def test_duplicates(tmp_path):
     path = put(tmp_path, "a.csv", HEAD + "2,9,1\n1,2,3\n1,3,4\n1,2,5\n")
     for policy, value in (("mean", 4.0), ("last", 5.0)):
-        t = files.read_triplets(path, duplicates=policy)
+        t = tables.read_triplets(path, duplicates=policy)
         entries = dict(zip(zip(t.row.tolist(), t.col.tolist(), strict=True), t.values.tolist(), strict=True))
         assert entries == {(2, 9): 1, (1, 2): value, (1, 3): 4}
         assert t.merged == 1
 
 
 def test_pairs(tmp_path):
-    row, col = files.read_pairs(put(tmp_path, "p.csv", "user,item\n1,a\n2,b\n"))
+    row, col = tables.read_pairs(put(tmp_path, "p.csv", "user,item\n1,a\n2,b\n"))
     assert (row.tolist(), col.tolist()) == ([1, 2], ["a", "b"])
-    refused(lambda: files.read_pairs(put(tmp_path, "q.csv", "user\n1\n")), "2 columns are needed")
+    refused(lambda: tables.read_pairs(put(tmp_path, "q.csv", "user\n1\n")), "2 columns are needed")
 
 
 @needs_data
 def test_movielens():
-    t = files.read_triplets(DATA / "ml-latest-small" / "ratings.csv")
+    t = tables.read_triplets(DATA / "ml-latest-small" / "ratings.csv")
     assert t.names == ("userId", "movieId", "rating")
     assert len(t.values) == 100_004
     assert (len(np.unique(t.row)), len(np.unique(t.col))) == (671, 9066)
@@ -180,21 +180,21 @@ def test_movielens():
     ],
 )
 def test_dense_is_read(tmp_path, content, columns):
-    dense = files.read_dense(put(tmp_path, "a.csv", content), missing_value=-200)
+    dense = tables.read_dense(put(tmp_path, "a.csv", content), missing_value=-200)
     np.testing.assert_array_equal(dense.values, [[1, np.nan, 3], [4, np.nan, np.nan]])
     assert dense.columns == columns
 
 
 def test_first_line_that_counts_is_a_header(tmp_path):
-    assert files.read_dense(put(tmp_path, "a.csv", "0,1,2,3,4\n1,2,3,4,5.5\n")).columns == list("01234")
-    assert files.read_triplets(put(tmp_path, "b.csv", "1,2,3\n2,3,4\n")).values.tolist() == [3, 4]
+    assert tables.read_dense(put(tmp_path, "a.csv", "0,1,2,3,4\n1,2,3,4,5.5\n")).columns == list("01234")
+    assert tables.read_triplets(put(tmp_path, "b.csv", "1,2,3\n2,3,4\n")).values.tolist() == [3, 4]
 
 
 def test_dense_labels(tmp_path):
-    dense = files.read_dense(put(tmp_path, "a.csv", "day,hour,x,y\nmon,1h,1,\ntue,2h,,4\n"))
+    dense = tables.read_dense(put(tmp_path, "a.csv", "day,hour,x,y\nmon,1h,1,\ntue,2h,,4\n"))
     assert dense.labels == {"day": ["mon", "tue"], "hour": ["1h", "2h"]}
     assert dense.columns == ["x", "y"]
-    dense = files.read_dense(put(tmp_path, "b.csv", ",x,y\n0,1,\n1,,4\n"))
+    dense = tables.read_dense(put(tmp_path, "b.csv", ",x,y\n0,1,\n1,,4\n"))
     assert dense.labels == {"column 1": ["0", "1"]}
     np.testing.assert_array_equal(dense.values, [[1, np.nan], [np.nan, 4]])
 
@@ -214,30 +214,30 @@ def test_dense_labels(tmp_path):
 )
 def test_wrong_dense_is_refused(tmp_path, content, words):
     path = put(tmp_path, "a.csv", content)
-    refused(lambda: files.read_dense(path), str(path), *words)
+    refused(lambda: tables.read_dense(path), str(path), *words)
 
 
 def test_npy(tmp_path):
     matrix = np.array([[1.0, np.nan], [3.0, 4.0]], dtype=np.float32)
     np.save(tmp_path / "a.npy", matrix)
-    np.testing.assert_array_equal(files.read_dense(tmp_path / "a.npy").values, matrix)
+    np.testing.assert_array_equal(tables.read_dense(tmp_path / "a.npy").values, matrix)
     np.save(tmp_path / "o.npy", np.array([[{}]], dtype=object), allow_pickle=True)
-    refused(lambda: files.read_dense(tmp_path / "o.npy"), "not readable as a NumPy array")
+    refused(lambda: tables.read_dense(tmp_path / "o.npy"), "not readable as a NumPy array")
     np.save(tmp_path / "v.npy", np.ones(3))
-    refused(lambda: files.read_dense(tmp_path / "v.npy"), "2 dimensions", "(3,)")
+    refused(lambda: tables.read_dense(tmp_path / "v.npy"), "2 dimensions", "(3,)")
     np.save(tmp_path / "c.npy", np.ones((2, 2), dtype=complex))
-    refused(lambda: files.read_dense(tmp_path / "c.npy"), "complex128")
+    refused(lambda: tables.read_dense(tmp_path / "c.npy"), "complex128")
     np.save(tmp_path / "i.npy", np.array([[1, np.inf]]))
-    refused(lambda: files.read_dense(tmp_path / "i.npy"), "row 1, column 2", "inf")
+    refused(lambda: tables.read_dense(tmp_path / "i.npy"), "row 1, column 2", "inf")
     whole = (tmp_path / "a.npy").read_bytes()
-    refused(lambda: files.read_dense(put(tmp_path, "cut.npy", whole[:-4])), "not readable as a NumPy array")
-    refused(lambda: files.read_dense(put(tmp_path, "text.npy", "1,2\n")), "does not start like one")
-    refused(lambda: files.read_dense(put(tmp_path, "empty.npy", "")), "the file is empty")
+    refused(lambda: tables.read_dense(put(tmp_path, "cut.npy", whole[:-4])), "not readable as a NumPy array")
+    refused(lambda: tables.read_dense(put(tmp_path, "text.npy", "1,2\n")), "does not start like one")
+    refused(lambda: tables.read_dense(put(tmp_path, "empty.npy", "")), "the file is empty")
 
 
 @needs_data
 def test_air_quality():
-    dense = files.read_dense(DATA / "air-quality" / "AirQuality.csv", missing_value=-200)
+    dense = tables.read_dense(DATA / "air-quality" / "AirQuality.csv", missing_value=-200)
     assert dense.values.shape == (9357, 13)
     assert list(dense.labels) == ["Date", "Time"]
     assert 0.1 < np.isnan(dense.values).mean() < 0.2
@@ -247,16 +247,16 @@ def test_air_quality():
 
 
 def test_matrix_market(tmp_path):
-    coo = files.read_matrix_market(
+    coo = tables.read_matrix_market(
         put(tmp_path, "a.mtx", "%%MatrixMarket matrix coordinate real general\n% words\n3 4 2\n1 2 5.5\n3 4 0\n")
     )
     assert coo.shape == (3, 4)
     assert (coo.row.tolist(), coo.col.tolist(), coo.data.tolist()) == ([0, 2], [1, 3], [5.5, 0.0])
-    coo = files.read_matrix_market(
+    coo = tables.read_matrix_market(
         put(tmp_path, "s.mtx", "%%MatrixMarket matrix coordinate integer symmetric\n2 2 2\n1 1 3\n2 1 4\n")
     )
     np.testing.assert_array_equal(coo.todense(), [[3, 4], [4, 0]])
-    coo = files.read_matrix_market(put(tmp_path, "d.mtx", "%%MatrixMarket matrix array real general\n2 2\n1\n0\nnan\n4\n"))
+    coo = tables.read_matrix_market(put(tmp_path, "d.mtx", "%%MatrixMarket matrix array real general\n2 2\n1\n0\nnan\n4\n"))
     assert sorted(zip(coo.row.tolist(), coo.col.tolist(), coo.data.tolist(), strict=True)) == [(0, 0, 1), (1, 0, 0), (1, 1, 4)]
 
 
@@ -276,7 +276,7 @@ def test_matrix_market(tmp_path):
 )
 def test_wrong_matrix_market_is_refused(tmp_path, content, words):
     path = put(tmp_path, "a.mtx", content)
-    refused(lambda: files.read_matrix_market(path), str(path), *words)
+    refused(lambda: tables.read_matrix_market(path), str(path), *words)
 
 
 # ---------------------------------------------------------------------- pictures
@@ -287,50 +287,50 @@ def test_pictures(tmp_path):
     grey, colour = rng.integers(0, 256, (5, 7), dtype=np.uint8), rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
     for name, pixels in (("grey.png", grey), ("colour.png", colour)):
         Image.fromarray(pixels).save(tmp_path / name)
-        np.testing.assert_array_equal(files.read_picture(tmp_path / name), pixels / 255)
+        np.testing.assert_array_equal(pictures.read_picture(tmp_path / name), pixels / 255)
     Image.fromarray(grey).convert("P").save(tmp_path / "grey_palette.png")
-    np.testing.assert_array_equal(files.read_picture(tmp_path / "grey_palette.png"), grey / 255)
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / "grey_palette.png"), grey / 255)
     Image.fromarray(colour).quantize(4).save(tmp_path / "palette.png")
-    assert files.read_picture(tmp_path / "palette.png").shape == (5, 7, 3)
+    assert pictures.read_picture(tmp_path / "palette.png").shape == (5, 7, 3)
     Image.fromarray(grey.astype(np.uint16) * 256).save(tmp_path / "deep.png")
-    np.testing.assert_allclose(files.read_picture(tmp_path / "deep.png"), grey * 256.0 / 65535)
+    np.testing.assert_allclose(pictures.read_picture(tmp_path / "deep.png"), grey * 256.0 / 65535)
     Image.fromarray(grey > 100).save(tmp_path / "bits.png")
-    np.testing.assert_array_equal(files.read_picture(tmp_path / "bits.png"), grey > 100)
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / "bits.png"), grey > 100)
 
 
 def test_alpha(tmp_path):
     pixels = np.full((4, 5, 4), 200, dtype=np.uint8)
     pixels[..., 3] = 255
     Image.fromarray(pixels).save(tmp_path / "opaque.png")
-    assert files.read_picture(tmp_path / "opaque.png").shape == (4, 5, 3)
+    assert pictures.read_picture(tmp_path / "opaque.png").shape == (4, 5, 3)
     pixels[1, 2, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    refused(lambda: files.read_picture(tmp_path / "a.png"), "1 pixels are transparent", "--alpha-mask", "flatten")
-    picture = files.read_picture(tmp_path / "a.png", alpha_mask=True)
+    refused(lambda: pictures.read_picture(tmp_path / "a.png"), "1 pixels are transparent", "--alpha-mask", "flatten")
+    picture = pictures.read_picture(tmp_path / "a.png", alpha_mask=True)
     assert np.isnan(picture[1, 2]).all()
     assert np.isnan(picture).sum() == 3
     Image.fromarray(pixels[..., [0, 3]], "LA").save(tmp_path / "la.png")
-    assert np.isnan(files.read_picture(tmp_path / "la.png", alpha_mask=True)).sum() == 1
+    assert np.isnan(pictures.read_picture(tmp_path / "la.png", alpha_mask=True)).sum() == 1
     palette = Image.fromarray(np.array([[0, 1], [1, 1]], dtype=np.uint8), "P")
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.save(tmp_path / "p.png", transparency=0)
-    refused(lambda: files.read_picture(tmp_path / "p.png"), "transparent")
-    np.testing.assert_array_equal(files.read_picture(tmp_path / "p.png", alpha_mask=True)[0], [[np.nan] * 3, [1, 0, 0]])
+    refused(lambda: pictures.read_picture(tmp_path / "p.png"), "transparent")
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / "p.png", alpha_mask=True)[0], [[np.nan] * 3, [1, 0, 0]])
     pixels[..., 3] = 0
     Image.fromarray(pixels).save(tmp_path / "none.png")
-    refused(lambda: files.read_picture(tmp_path / "none.png", alpha_mask=True), "every pixel is transparent")
+    refused(lambda: pictures.read_picture(tmp_path / "none.png", alpha_mask=True), "every pixel is transparent")
 
 
 def test_wrong_pictures_are_refused(tmp_path):
-    refused(lambda: files.read_picture(tmp_path / "none.png"), "no such file")
-    refused(lambda: files.read_picture(put(tmp_path, "empty.png", "")), "the file is empty")
-    refused(lambda: files.read_picture(put(tmp_path, "text.png", "hello\n")), "no picture format")
+    refused(lambda: pictures.read_picture(tmp_path / "none.png"), "no such file")
+    refused(lambda: pictures.read_picture(put(tmp_path, "empty.png", "")), "the file is empty")
+    refused(lambda: pictures.read_picture(put(tmp_path, "text.png", "hello\n")), "no picture format")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
-    refused(lambda: files.read_picture(put(tmp_path, "cut.png", whole[:1000])), "not readable as a picture")
+    refused(lambda: pictures.read_picture(put(tmp_path, "cut.png", whole[:1000])), "not readable as a picture")
     frames = [Image.new("L", (4, 4), shade) for shade in (0, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    refused(lambda: files.read_picture(tmp_path / "a.gif"), "animation of 2 frames")
+    refused(lambda: pictures.read_picture(tmp_path / "a.gif"), "animation of 2 frames")
 
 
 def test_masks(tmp_path):
@@ -339,12 +339,12 @@ def test_masks(tmp_path):
     Image.fromarray(np.where(mask, 250, 3).astype(np.uint8)).convert("RGB").save(tmp_path / "rgb.png")
     np.save(tmp_path / "m.npy", mask)
     for name in ("m.png", "rgb.png", "m.npy"):
-        np.testing.assert_array_equal(files.read_mask(tmp_path / name, (4, 6)), mask)
-    refused(lambda: files.read_mask(tmp_path / "m.png", (6, 4)), "6 rows x 4 columns", "got 4 x 6")
+        np.testing.assert_array_equal(pictures.read_mask(tmp_path / name, (4, 6)), mask)
+    refused(lambda: pictures.read_mask(tmp_path / "m.png", (6, 4)), "6 rows x 4 columns", "got 4 x 6")
     Image.new("L", (6, 4)).save(tmp_path / "black.png")
-    refused(lambda: files.read_mask(tmp_path / "black.png", (4, 6)), "nothing as observed")
+    refused(lambda: pictures.read_mask(tmp_path / "black.png", (4, 6)), "nothing as observed")
     np.save(tmp_path / "two.npy", np.full((4, 6), 2))
-    refused(lambda: files.read_mask(tmp_path / "two.npy", (4, 6)), "0 (missing) and 1")
+    refused(lambda: pictures.read_mask(tmp_path / "two.npy", (4, 6)), "0 (missing) and 1")
 
 
 # ---------------------------------------------------------------------- kinds
@@ -367,11 +367,11 @@ def test_masks(tmp_path):
     ],
 )
 def test_kinds_are_guessed(tmp_path, name, content, kind):
-    assert files.guess_kind(put(tmp_path, name, content)) == kind
+    assert tables.guess_kind(put(tmp_path, name, content)) == kind
 
 
 def test_unknown_kind_is_refused(tmp_path):
-    refused(lambda: files.guess_kind(put(tmp_path, "a.xyz", "1,2\n")), "'.xyz'", "--kind")
+    refused(lambda: tables.guess_kind(put(tmp_path, "a.xyz", "1,2\n")), "'.xyz'", "--kind")
 
 
 # ---------------------------------------------------------------------- writers
@@ -385,7 +385,7 @@ def writers():
         "a.npz": lambda path, **k: files.write_arrays(path, {"left": values}, **k),
         "a.npy": lambda path, **k: files.write_dense(path, files.Dense(values), **k),
         "b.csv": lambda path, **k: files.write_dense(path, files.Dense(values), **k),
-        "a.png": lambda path, **k: files.write_picture(path, values, **k),
+        "a.png": lambda path, **k: pictures.write_picture(path, values, **k),
     }
 
 
@@ -483,12 +483,12 @@ def test_outputs_are_checked_early(tmp_path):
 def test_written_files_read_back(tmp_path):
     dense = files.Dense(np.array([[1.5, np.nan], [0.1, 4.0]]), ["x", "y"], {"day": ["mon", "tue"]})
     files.write_dense(tmp_path / "a.csv", dense)
-    again = files.read_dense(tmp_path / "a.csv")
+    again = tables.read_dense(tmp_path / "a.csv")
     np.testing.assert_array_equal(again.values, dense.values)
     assert (again.columns, again.labels) == (dense.columns, dense.labels)
     picture = np.random.default_rng(0).integers(0, 256, (4, 5, 3)) / 255
-    files.write_picture(tmp_path / "a.png", picture)
-    np.testing.assert_array_equal(files.read_picture(tmp_path / "a.png"), picture)
+    pictures.write_picture(tmp_path / "a.png", picture)
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / "a.png"), picture)
     files.write_arrays(tmp_path / "a.npz", {"labels": np.array(["a", "b"], dtype=object), "left": np.ones(2)})
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         assert arrays["labels"].tolist() == ["a", "b"]
@@ -497,4 +497,4 @@ def test_written_files_read_back(tmp_path):
 def test_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "polars", None)
     with pytest.raises(files.MissingExtra, match=r"reading CSV needs polars: pip install lowrank-kernels\[all\]"):
-        files.read_triplets(put(tmp_path, "a.csv", HEAD + "1,2,3\n"))
+        tables.read_triplets(put(tmp_path, "a.csv", HEAD + "1,2,3\n"))

@@ -42,6 +42,8 @@ FLOORS = {
     "optim": 5,
     "analysis": 5,
     "integrations": 6,
+    "problems": 6,
+    "tasks": 6,
     "figures": 7,
     "cli": 7,
     "doctor": 7,
