@@ -518,4 +518,4 @@ def _rmse(model: CompletionModel, entries: ObservedEntries) -> float:
 def _settled(history: list[dict[str, float]]) -> bool:
     """The last fifth of the checks changed the training error by less than 1 %."""
     tail = [record["train_rmse"] for record in history[-max(2, len(history) // 5) :]]
-    return len(tail) >= 2 and tail[0] - tail[-1] <= 0.01 * tail[0]
+    return len(tail) >= 2 and abs(tail[0] - tail[-1]) <= 0.01 * tail[0]  # a rising error is no convergence
