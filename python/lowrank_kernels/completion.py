@@ -314,7 +314,8 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         )
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31)))
         validation = None
-        stopping = self.regularization != "auto" if self.early_stopping == "auto" else self.early_stopping
+        automatic = isinstance(self.regularization, str)
+        stopping = not automatic if isinstance(self.early_stopping, str) else self.early_stopping
         if stopping:
             held = torch.rand(len(entries), generator=generator).to(entries.device) < self.validation_fraction
             if 0 < int(held.sum()) < len(entries):
@@ -325,7 +326,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         else:
             bias = {"row_bias": self.fit_bias, "col_bias": self.fit_bias}
             model = solver.start(entries, rank, depth=self.depth, generator=generator, **bias)
-        pair = None if self.regularization == "auto" else (float(self.regularization[0]), float(self.regularization[1]))
+        pair = None if automatic else (float(self.regularization[0]), float(self.regularization[1]))
         options = solver.TrainOptions(
             max_steps=max_steps,
             learning_rate=self.learning_rate,
@@ -687,10 +688,11 @@ def _values(
             continue
         if isinstance(given, torch.Tensor):
             given = given.detach().cpu().double().numpy()
-        if np.asarray(given).dtype.kind in "cUSMm":
-            raise TypeError(f"DeepMatrixCompletion.{method}: {name} must hold numbers, got {np.asarray(given).dtype}")
         try:
-            array = np.asarray(given, dtype=np.float64)
+            array = np.asarray(given)
+            if array.dtype.kind in "cUSMm":
+                raise TypeError(f"got {array.dtype}")
+            array = array.astype(np.float64, copy=False)
         except (TypeError, ValueError) as error:
             raise TypeError(f"DeepMatrixCompletion.{method}: {name} must hold numbers: {error}") from error
         if array.shape != (count,):

@@ -67,16 +67,17 @@ def _native_passes(
     if extra:  # a program exported on a processor with shorter vectors
         p, v = F.pad(p, (0, extra)), F.pad(v, (0, extra))
     rows = want_row or not want_col  # the loss comes from the rows pass, or from the only one that runs
-    results = [p.new_empty(0) for _ in range(7)]
+    loss: Tensor | None = None
+    row_sums = col_sums = None
     if rows:
-        results[:4] = _native.completion_pass(by_row, p, v, row_bias, col_bias, offset, want_grad=want_row)
+        loss, *row_sums = _native.completion_pass(by_row, p, v, row_bias, col_bias, offset, want_grad=want_row)
     if want_col:
-        loss, *results[4:] = _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, want_loss=not rows)
-        if not rows:
-            results[0] = loss
+        col_loss, *col_sums = _native.completion_pass(by_col, v, p, col_bias, row_bias, offset, want_loss=not rows)
+        loss = col_loss if loss is None else loss
+    row_sums, col_sums = ([p.new_empty(0) for _ in range(3)] if sums is None else sums for sums in (row_sums, col_sums))
     if extra:
-        results[1], results[4] = (x[:, :k].contiguous() if x.ndim == 2 else x for x in (results[1], results[4]))
-    return tuple(results)  # type: ignore[return-value]
+        row_sums[0], col_sums[0] = (x[:, :k].contiguous() if x.ndim == 2 else x for x in (row_sums[0], col_sums[0]))
+    return (loss, *row_sums, *col_sums)  # type: ignore[return-value]
 
 
 def _fake(p: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None, offset: float, *rest: Any) -> Outputs:
@@ -266,8 +267,8 @@ def completion_loss(
 
     Note:
         Gradients are computed together with the loss, in two passes over the entries; nothing of size entries x k is
-        stored. Sums over a row run in the dtype of the factors, the loss in float64, rounded once. The result is
-        bitwise the same from run to run and for any number of threads (``torch.set_num_threads`` is obeyed). Second
+        stored. Gradients sum over a row in the dtype of the factors; the loss sums runs of 256 entries in it and the
+        runs in float64. The result is bitwise the same from run to run and for any number of threads (``torch.set_num_threads`` is obeyed). Second
         derivatives, forward mode and ``torch.func`` transforms go through
         :func:`lowrank_kernels.reference.completion_loss`. Under autocast it computes in the dtype of the factors.
 
