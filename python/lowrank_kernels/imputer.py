@@ -270,6 +270,8 @@ class LowRankImputer(SavedEstimator, TransformerMixin, BaseEstimator):
         self.row_mean_ = left.mean(0)
         spread = np.cov(left.T, bias=True).reshape(rank, rank)
         self.row_precision_ = np.linalg.inv(spread + (1e-6 * np.trace(spread) + 1e-12) * np.eye(rank))
+        constant = np.flatnonzero(np.tile(np.nanmax(np.abs(z), 0) < 1e-9, 2 * self.window + 1))
+        self.columns_[constant], bias[constant] = 0.0, 0.0  # filled with their one value, whatever the row
         self.intercept_ = bias + self.columns_ @ self.row_mean_
 
         self.ridge_, self.validation_rmse_ = 1.0, math.nan
