@@ -88,7 +88,7 @@ class LowRankImputer(SavedEstimator, TransformerMixin, BaseEstimator):
         >>> holes = table.copy(); holes[rng.random(table.shape) < 0.1] = np.nan
         >>> filled = LowRankImputer(random_state=0).fit_transform(holes)
         >>> hidden = np.isnan(holes)
-        >>> float(np.sqrt(np.mean((filled - table)[hidden] ** 2))) < 0.7 * table.std()
+        >>> bool(np.sqrt(np.mean((filled - table)[hidden] ** 2)) < 0.7 * table.std())
         True
     """
 

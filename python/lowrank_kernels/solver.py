@@ -106,7 +106,7 @@ def gradient_descent(
         >>> target = torch.outer(torch.randn(40, generator=g), torch.randn(30, generator=g))
         >>> entries = lrk.ObservedEntries.from_dense(target, torch.rand(40, 30, generator=g) < 0.5)
         >>> start = lrk.compress(lrk.masked_gradient(entries), rank=2, init_scale=0.1, generator=g)
-        >>> result = lrk.solver.gradient_descent(start, entries, learning_rate=0.005, max_steps=2000, tol=1e-8)
+        >>> result = lrk.solver.gradient_descent(start, entries, learning_rate=0.005, max_steps=2000, tol=1e-6)
         >>> result.status.name
         'CONVERGED'
 
