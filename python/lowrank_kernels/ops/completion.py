@@ -8,6 +8,7 @@ products with the small cores stay with torch.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,10 @@ define(
 _op = torch.ops.lowrank_kernels._completion.default
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class CompletionGradients(NamedTuple):
@@ -109,10 +114,6 @@ def _run(p: Tensor, v: Tensor, *rest: Any) -> Outputs:
 # ---------------------------------------------------------------------- loss and gradients
 
 
-def _flat(entries: ObservedEntries) -> tuple[Any, ...]:
-    return (*entries.by_row, *entries.by_col)
-
-
 def _loss_and_gradients(
     left: Tensor,
     core: Tensor | None,
@@ -120,7 +121,7 @@ def _loss_and_gradients(
     row_bias: Tensor | None,
     col_bias: Tensor | None,
     offset: float,
-    sides: tuple[Any, ...],
+    entries: ObservedEntries,
     wanted: tuple[bool, bool, bool, bool, bool],  # left, core, right, row_bias, col_bias
 ) -> tuple[Tensor, CompletionGradients]:
     k = left.shape[1]
@@ -132,7 +133,7 @@ def _loss_and_gradients(
     v = F.pad(right.t(), (0, extra)) if extra else right.t()
     by_row, by_col = wanted[0] or wanted[1] or wanted[3], wanted[2] or wanted[4]
     loss, grad_p, grad_row_bias, _, grad_v, grad_col_bias, _ = _run(
-        p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *sides, by_row, by_col
+        p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *entries.by_row, *entries.by_col, by_row, by_col
     )
     grad_left = grad_core = None
     if wanted[0]:
@@ -158,35 +159,30 @@ class _CompletionLoss(torch.autograd.Function):
         row_bias: Tensor | None,
         col_bias: Tensor | None,
         offset: float,
-        *sides: Any,
+        entries: ObservedEntries,
     ) -> Tensor:
-        loss, grads = _loss_and_gradients(left, core, right, row_bias, col_bias, offset, sides, tuple(ctx.needs_input_grad[:5]))
-        inputs = (left, core, right, row_bias, col_bias)
-        tensors = [x for x in sides if isinstance(x, Tensor)]
-        ctx.save_for_backward(*inputs, *grads, *tensors)
-        ctx.offset = offset
-        ctx.other_sides = [None if isinstance(x, Tensor) else (x,) for x in sides]
+        loss, grads = _loss_and_gradients(
+            left, core, right, row_bias, col_bias, offset, entries, tuple(ctx.needs_input_grad[:5])
+        )
+        ctx.save_for_backward(left, core, right, row_bias, col_bias, *grads)
+        ctx.offset, ctx.entries = offset, entries
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        rest = (None,) * (1 + len(ctx.other_sides))
         if torch.is_grad_enabled():  # create_graph=True: by formulas autograd can differentiate again
-            tensors = iter(saved[10:])
-            sides = [next(tensors) if other is None else other[0] for other in ctx.other_sides]
             # Views: where one factor depends on another (right = left.t()) grad() would else count that path twice.
             inputs: list[Any] = [None if x is None else x.view_as(x) for x in saved[:5]]
             left, core, right, row_bias, col_bias = inputs
-            entries = ObservedEntries((left.shape[0], right.shape[1]), SortedEntries(*sides[:6]), SortedEntries(*sides[6:]))
             with torch.autocast(left.device.type, enabled=False):
                 loss = reference.completion_loss(
-                    left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=ctx.offset
+                    left, core, right, ctx.entries, row_bias=row_bias, col_bias=col_bias, offset=ctx.offset
                 )
                 needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
                 grads = iter(torch.autograd.grad(loss, needed, grad, create_graph=True, materialize_grads=True))
-            return (*(next(grads) if need else None for need in ctx.needs_input_grad[:5]), *rest)
-        return (*(None if g is None else g * grad for g in saved[5:10]), *rest)
+            return (*(next(grads) if need else None for need in ctx.needs_input_grad[:5]), None, None)
+        return (*(None if g is None else g * grad for g in saved[5:]), None, None)
 
 
 def _check(
@@ -267,9 +263,9 @@ def completion_loss(
 
     Note:
         Gradients are computed together with the loss, in two passes over the entries; nothing of size entries x k is
-        stored. Gradients sum over a row in the dtype of the factors; the loss sums runs of 256 entries in it and the
-        runs in float64. The result is bitwise the same from run to run and for any number of threads (``torch.set_num_threads`` is obeyed). Second
-        derivatives, forward mode and ``torch.func`` transforms go through
+        stored. Gradients sum over a row in the dtype of the factors; the loss sums runs of 256 entries in it and the runs
+        in float64. The result is bitwise the same from run to run and for any number of threads
+        (``torch.set_num_threads`` is obeyed). Second derivatives, forward mode and ``torch.func`` transforms go through
         :func:`lowrank_kernels.reference.completion_loss`. Under autocast it computes in the dtype of the factors.
 
     Example:
@@ -291,12 +287,12 @@ def completion_loss(
             return reference.completion_loss(
                 left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=offset, reduction=reduction
             )
-    with torch.autocast(left.device.type, enabled=False):
-        factors = (left, core, right, row_bias, col_bias)
+    factors = (left, core, right, row_bias, col_bias)
+    with _no_autocast(left.device.type):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in factors):
-            loss = _CompletionLoss.apply(*factors, offset, *_flat(entries))
+            loss = _CompletionLoss.apply(*factors, offset, entries)
         else:
-            loss, _ = _loss_and_gradients(*factors, offset, _flat(entries), (False,) * 5)
+            loss, _ = _loss_and_gradients(*factors, offset, entries, (False,) * 5)
     return loss / len(entries) if reduction == "mean" else loss
 
 
@@ -328,7 +324,7 @@ def completion_loss_and_gradients(
     """
     _check("completion_loss_and_gradients", left, core, right, entries, row_bias, col_bias, offset, "sum")
     flags = ("left" in wanted, "core" in wanted, "right" in wanted, "row_bias" in wanted, "col_bias" in wanted)
-    return _loss_and_gradients(left, core, right, row_bias, col_bias, offset, _flat(entries), flags)
+    return _loss_and_gradients(left, core, right, row_bias, col_bias, offset, entries, flags)
 
 
 class SideSums(NamedTuple):
@@ -356,7 +352,9 @@ def completion_sides(
     extra = -k % _native.factor_lanes(p.dtype, p.device)
     if extra:
         p, v = F.pad(p, (0, extra)), F.pad(v, (0, extra))
-    loss, *sums = _run(p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *_flat(entries), by_row, by_col)
+    loss, *sums = _run(
+        p.contiguous(), v.contiguous(), row_bias, col_bias, offset, *entries.by_row, *entries.by_col, by_row, by_col
+    )
     rows, cols = SideSums(*sums[:3]), SideSums(*sums[3:])
     if extra:
         rows, cols = (side._replace(grad=side.grad[:, :k]) if side.grad.ndim == 2 else side for side in (rows, cols))
