@@ -36,6 +36,8 @@ FLOORS = {
     "factorization": 4,
     "solver": 4,
     "nn": 4,
+    "labels": 1,
+    "estimators": 5,
     "completion": 5,
     "imputer": 5,
     "adapters": 5,

@@ -8,6 +8,7 @@ import torch  # noqa: F401  first: the native module then shares torch's OpenMP 
 from . import ops, reference, solver
 from .compression import CompressedFactors, compress, masked_gradient
 from .entries import ObservedEntries
+from .files import extra
 
 if TYPE_CHECKING:
     from .completion import DeepMatrixCompletion
@@ -32,5 +33,6 @@ def __getattr__(name: str) -> Any:
     """The estimators are imported at first use: they need scikit-learn, the kernels do not."""
     modules = {"DeepMatrixCompletion": "completion", "LowRankImputer": "imputer"}
     if name in modules:
+        extra("sklearn", "an estimator")
         return getattr(import_module(f".{modules[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,107 +6,34 @@ The model is ``left @ core[L-1] ... core[0] @ right + b_i + c_j + mu``, started 
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 
 from . import solver
 from .entries import ObservedEntries
-from .files import extra, write_arrays
-
-extra("sklearn", "the estimators")
-
-from sklearn.base import BaseEstimator, RegressorMixin  # noqa: E402
-from sklearn.utils import check_random_state  # noqa: E402
-from sklearn.utils.validation import check_is_fitted  # noqa: E402
+from .estimators import SavedEstimator, check_common, in_units, is_integer, is_number, mean_and_scale, progress_callback
+from .labels import (
+    as_labels,
+    checked_values,
+    label_codes,
+    or_ones,
+    plain,
+    refuse_missing,
+    refuse_other_kind,
+    two_columns,
+    unique_labels,
+)
 
 PREDICT_BLOCK = 1 << 16  # pairs gathered at a time: 2 x 65536 x rank numbers
 FLOAT32_RANGE = (1e-30, 1e30)  # of values and their spread: beyond, products of factors leave float32
-
-Self = TypeVar("Self", bound="SavedEstimator")
-
-
-class SavedEstimator:
-    """``save`` and ``load`` of a fitted estimator: an ``.npz`` file of arrays and a JSON header, nothing executable."""
-
-    _saved_arrays: tuple[str, ...] = ()
-    _saved_values: tuple[str, ...] = ()  # what JSON can hold
-    status_: solver.Status
-    get_params: Callable[[], dict[str, Any]]  # of scikit-learn's BaseEstimator
-
-    def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
-        """Write the fitted estimator to an ``.npz`` file, atomically; it holds arrays and JSON only, nothing executable.
-
-        ``progress`` is not kept, nor a ``random_state`` that is not an int.
-        """
-        check_is_fitted(self)
-        parameters = {k: v for k, v in self.get_params().items() if k not in ("progress", "random_state")}
-        random_state = getattr(self, "random_state", None)
-        if isinstance(random_state, (int, np.integer)):
-            parameters["random_state"] = random_state
-        header = {
-            "format": f"lowrank_kernels.{type(self).__name__}/1",
-            "parameters": parameters,
-            "status": self.status_.name,
-            **{name.rstrip("_"): getattr(self, name) for name in (*self._saved_values, "n_steps_", "history_")},
-        }
-        arrays = {"header": np.array(json.dumps(header, default=_as_json)), **self._arrays()}
-        write_arrays(path, arrays, overwrite=overwrite)
-
-    @classmethod
-    def load(cls: type[Self], path: str | PathLike[str]) -> Self:
-        """Read an estimator written by :meth:`save`; nothing from the file is executed."""
-        try:
-            with np.load(Path(path), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            header = json.loads(str(arrays.pop("header")))
-            wanted = f"lowrank_kernels.{cls.__name__}/1"
-            if header.get("format") != wanted:
-                raise ValueError(f"its format is {header.get('format')!r}, wanted {wanted!r}")
-            parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in header["parameters"].items()}
-            model = cls(**parameters)
-            model.status_ = solver.Status[header["status"]]
-            for name in (*cls._saved_values, "n_steps_", "history_"):
-                setattr(model, name, header[name.rstrip("_")])
-            model._take_arrays(arrays)
-        except OSError:  # not there, not readable: the system's words
-            raise
-        except Exception as error:
-            words = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-            raise ValueError(f"{cls.__name__}.load: {path} is not a whole model saved by this class: {words}") from error
-        return model
-
-    def _arrays(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._saved_arrays}
-
-    def _take_arrays(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Set the attributes of ``_arrays`` and refuse what does not fit together."""
-        for name in self._saved_arrays:
-            setattr(self, name, arrays[name])
-
-    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        for name, shape in shapes.items():
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {getattr(self, name).shape}")
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """A refused or failed fit leaves the estimator as it was, fitted or not."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
 
 
 class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
@@ -208,10 +135,10 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         ``status_`` INTERRUPTED.
         """
         self._check_parameters()
-        row, col = _two_columns("fit", pairs)
-        row_labels, row_codes = _unique("row", row)
-        col_labels, col_codes = _unique("column", col)
-        values, weights = _values("fit", y, sample_weight, len(row))
+        row, col = two_columns("fit", pairs)
+        row_labels, row_codes = unique_labels("row", row)
+        col_labels, col_codes = unique_labels("column", col)
+        values, weights = checked_values("fit", y, sample_weight, len(row))
         with self._all_or_nothing():
             keep = self.warm_start and hasattr(self, "left_") and self._same_labels(row_labels, col_labels)
             self.row_labels_, self.col_labels_ = row_labels, col_labels
@@ -228,22 +155,22 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         if not hasattr(self, "left_"):
             return self.fit(pairs, y, sample_weight)
         self._check_parameters()
-        row, col = _two_columns("partial_fit", pairs)
-        values, weights = _values("partial_fit", y, sample_weight, len(row))
+        row, col = two_columns("partial_fit", pairs)
+        values, weights = checked_values("partial_fit", y, sample_weight, len(row))
         old = self.entries_
         labels, codes = [], []
         for name, known, old_codes, given in (
             ("row", self.row_labels_, old["row"], row),
             ("column", self.col_labels_, old["col"], col),
         ):
-            given = _plain(_refuse_empty("partial_fit", name, given))
-            _same_kind(name, known, given)
+            given = plain(refuse_missing("partial_fit", name, given))
+            refuse_other_kind(name, known, given)
             merged, positions = np.unique(np.concatenate([known, given]), return_inverse=True)
             labels.append(merged)
             codes.append(np.concatenate([positions[: len(known)][old_codes], positions[len(known) :]]))
         both_weights = None
         if old["weight"] is not None or weights is not None:
-            both_weights = np.concatenate([_or_ones(old["weight"], len(old["value"])), _or_ones(weights, len(values))])
+            both_weights = np.concatenate([or_ones(old["weight"], len(old["value"])), or_ones(weights, len(values))])
         with self._all_or_nothing():
             outgrown = self.rank == "auto" and self._rank((len(labels[0]), len(labels[1]))) > self.left_.shape[1]
             anew = outgrown or not (self._effective_left().any() and self.right_.any())  # zero factors would stay zero
@@ -346,7 +273,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         self.col_bias_ = (scale * model.col_bias).cpu().numpy()
         self.offset_ = offset
         self.status_ = result.status
-        self.history_ = [_in_units(record, scale) for record in result.history]
+        self.history_ = [in_units(record, scale) for record in result.history]
         self.n_steps_ = result.steps
         self.n_features_in_ = 2
         if result.status is solver.Status.DIVERGED:
@@ -415,8 +342,8 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
     def predict(self, pairs: Any) -> NDArray[Any]:
         """``(P,)`` float64 predictions; where a row or column was not seen in ``fit``, the other side's bias and the mean."""
         check_is_fitted(self)
-        row, col = _two_columns("predict", pairs)
-        i, j = _codes("row", self.row_labels_, row), _codes("column", self.col_labels_, col)
+        row, col = two_columns("predict", pairs)
+        i, j = label_codes("row", self.row_labels_, row), label_codes("column", self.col_labels_, col)
         effective = self._effective_left()
         out = np.full(len(i), self.offset_)  # float64: an offset far above the spread would swallow it in float32
         out += np.where(i >= 0, self.row_bias_[i], 0) + np.where(j >= 0, self.col_bias_[j], 0)
@@ -438,7 +365,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             raise ValueError(f"DeepMatrixCompletion.recommend: n must be an integer of at least 1, got {n!r}")
         if np.ndim(row) != 0:
             raise ValueError(f"DeepMatrixCompletion.recommend: row must be one label, got an array of shape {np.shape(row)}")
-        i = int(_codes("row", self.row_labels_, _labels([row]))[0])
+        i = int(label_codes("row", self.row_labels_, as_labels([row]))[0])
         scores = self.offset_ + self.col_bias_.astype(np.float64)
         if i >= 0:
             scores = scores + self.row_bias_[i] + self._effective_left(slice(i, i + 1))[0] @ self.right_
@@ -520,228 +447,3 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         same = np.array_equal(rows, self.row_labels_) and np.array_equal(cols, self.col_labels_)
         fits = self.left_.shape[1] == self._rank((len(rows), len(cols))) and self.core_.shape[0] == self.depth
         return bool(same and fits)
-
-
-# ---------------------------------------------------------------------- helpers
-
-
-def is_integer(x: Any) -> bool:
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
-
-
-def is_number(x: Any) -> bool:
-    return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
-
-
-def _as_json(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else str(value)  # numpy's numbers; a torch.device
-
-
-def check_common(estimator: Any) -> None:
-    """The parameters that both estimators have."""
-
-    def refuse(name: str, wanted: str) -> None:
-        raise ValueError(f"{type(estimator).__name__}: {name} must be {wanted}, got {getattr(estimator, name)!r}")
-
-    for name in ("depth", "max_steps"):
-        value = getattr(estimator, name)
-        if not (is_integer(value) and value >= 1):
-            refuse(name, "an integer of at least 1")
-    if not (is_number(estimator.learning_rate) and 0 < estimator.learning_rate < np.inf):
-        refuse("learning_rate", "positive and finite")
-    if estimator.dtype not in ("float32", "float64"):
-        refuse("dtype", "'float32' or 'float64'")
-    if not (estimator.progress is None or isinstance(estimator.progress, bool) or callable(estimator.progress)):
-        refuse("progress", "True, False or a callable")
-    try:
-        torch.empty(0, device=estimator.device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises all three
-        raise ValueError(
-            f"{type(estimator).__name__}: device must be None or a torch device of this machine, got {estimator.device!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-
-
-def mean_and_scale(values: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> tuple[float, float]:
-    """Mean and standard deviation, the mean's size (or 1) for constant values. Squares neither overflow nor underflow."""
-    largest = float(np.abs(values).max()) or 1.0
-    scaled = values / largest
-    mean = float(np.average(scaled, weights=weights))
-    spread = float(np.abs(scaled - mean).max())
-    if spread <= 1e-12:  # constant up to rounding
-        return mean * largest, abs(mean * largest) or 1.0
-    root = float(np.sqrt(np.average(((scaled - mean) / spread) ** 2, weights=weights)))
-    return mean * largest, root * spread * largest
-
-
-def _two_columns(method: str, pairs: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    wanted = "an (entries, 2) array of row and column labels or a tuple of two label arrays"
-    if isinstance(pairs, tuple) and len(pairs) == 2:
-        row, col = _labels(pairs[0]), _labels(pairs[1])
-    elif hasattr(pairs, "iloc") or hasattr(pairs, "get_columns"):  # pandas, polars: each column keeps its own type
-        if pairs.shape[1] != 2:
-            raise ValueError(f"DeepMatrixCompletion.{method}: pairs must have 2 columns (row, column), got {pairs.shape[1]}")
-        columns = [pairs.iloc[:, 0], pairs.iloc[:, 1]] if hasattr(pairs, "iloc") else pairs.get_columns()
-        row, col = (column.to_numpy() for column in columns)
-    else:
-        array = _labels(pairs)
-        if array.ndim != 2 or array.shape[1] != 2:
-            raise ValueError(f"DeepMatrixCompletion.{method}: pairs must be {wanted}, got shape {array.shape}")
-        row, col = array[:, 0], array[:, 1]
-    if row.ndim != 1 or row.shape != col.shape:
-        raise ValueError(
-            f"DeepMatrixCompletion.{method}: row and column labels must be 1-D and of one length, "
-            f"got {row.shape} and {col.shape}; pairs is {wanted}"
-        )
-    return row, col
-
-
-def _labels(given: Any) -> NDArray[Any]:
-    """An array; one of mixed Python objects keeps them, where numpy would turn numbers beside strings into strings."""
-    if isinstance(given, torch.Tensor):
-        return given.detach().cpu().numpy()
-    try:
-        array = np.asarray(given)
-    except ValueError as error:  # ragged
-        raise ValueError(f"DeepMatrixCompletion: pairs must be an (entries, 2) array or a tuple of two: {error}") from error
-    return np.asarray(given, dtype=object) if array.dtype.kind in "US" and not hasattr(given, "dtype") else array
-
-
-def _refuse_empty(method: str, side: str, labels: NDArray[Any]) -> NDArray[Any]:
-    if len(labels) == 0:
-        raise ValueError(f"DeepMatrixCompletion.{method}: pairs is empty; at least one observed entry is needed")
-    plain = _plain(labels)
-    if plain.dtype.kind == "f":
-        bad = ~np.isfinite(plain)
-    elif plain.dtype.kind == "O":
-        bad = np.array([x is None or x != x for x in plain])
-    else:
-        return labels
-    if bad.any():
-        raise ValueError(
-            f"DeepMatrixCompletion.{method}: {side} labels must not be missing, NaN or infinite, "
-            f"got {plain[bad.argmax()]} at position {int(bad.argmax())} ({int(bad.sum())} such positions)"
-        )
-    return labels
-
-
-def _unique(side: str, labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    labels = _plain(_refuse_empty("fit", side, labels))
-    try:
-        unique, codes = np.unique(labels, return_inverse=True)
-    except TypeError as error:
-        kinds = sorted({type(x).__name__ for x in labels})
-        raise TypeError(
-            f"DeepMatrixCompletion.fit: {side} labels must all be of one kind, numbers or strings, got {' and '.join(kinds)}; "
-            "convert them, for example with str()"
-        ) from error
-    return unique, codes
-
-
-def _plain(labels: NDArray[Any]) -> NDArray[Any]:
-    """Object arrays of strings or of numbers as arrays of that type, small unsigned integers as signed ones."""
-    if labels.dtype.kind == "u" and (labels.dtype.itemsize < 8 or not len(labels) or labels.max() < 2**63):
-        return labels.astype(np.int64)
-    if labels.dtype.kind == "T":  # numpy's variable-width strings
-        return labels.astype(str)
-    if labels.dtype.kind != "O":
-        return labels
-    kinds: tuple[tuple[tuple[type, ...], type], ...]
-    kinds = (((str,), str), ((bytes,), bytes), ((int, np.integer), np.int64), ((int, float, np.number), np.float64))
-    for classes, dtype in kinds:
-        if all(isinstance(x, classes) for x in labels):
-            try:
-                return labels.astype(dtype)
-            except OverflowError:  # integers beyond 64 bits stay objects
-                return labels
-    return labels
-
-
-_PLURALS = {"number": "numbers", "string": "strings", "bytes": "bytes", "object": "other objects"}
-
-
-def _same_kind(side: str, known: NDArray[Any], given: NDArray[Any]) -> None:
-    kinds = {"b": "number", "i": "number", "u": "number", "f": "number", "U": "string", "S": "bytes"}
-    known_kind, given_kind = kinds.get(known.dtype.kind, "object"), kinds.get(_plain(given).dtype.kind, "object")
-    if len(given) and known_kind != given_kind:
-        raise TypeError(
-            f"DeepMatrixCompletion: {side} labels must be {_PLURALS[known_kind]} as in fit, got {_PLURALS[given_kind]}; "
-            "unequal types never match, so every label would count as unseen"
-        )
-
-
-def _codes(side: str, known: NDArray[Any], given: NDArray[Any]) -> NDArray[np.int64]:
-    """Positions in ``known`` (sorted), -1 for unseen labels."""
-    _same_kind(side, known, given)
-    given = _plain(given)
-    at = np.searchsorted(known, given).clip(0, len(known) - 1)
-    return np.where(known[at] == given, at, -1)
-
-
-def _values(
-    method: str, y: ArrayLike, weight: ArrayLike | None, count: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    arrays: list[NDArray[np.float64] | None] = []
-    for name, given in (("y", y), ("sample_weight", weight)):
-        if given is None:
-            arrays.append(None)
-            continue
-        if isinstance(given, torch.Tensor):
-            given = given.detach().cpu().double().numpy()
-        try:
-            array = np.asarray(given)
-            if array.dtype.kind in "cUSMm":
-                raise TypeError(f"got {array.dtype}")
-            array = array.astype(np.float64, copy=False)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"DeepMatrixCompletion.{method}: {name} must hold numbers: {error}") from error
-        if array.shape != (count,):
-            raise ValueError(f"DeepMatrixCompletion.{method}: {name} must have shape ({count},) like pairs, got {array.shape}")
-        bad = ~np.isfinite(array) | (array < 0 if name == "sample_weight" else False)
-        if bad.any():
-            wanted = "finite" if name == "y" else "finite and not negative"
-            first = int(bad.argmax())
-            raise ValueError(
-                f"DeepMatrixCompletion.{method}: {name} must be {wanted}, got {array[first]} at position {first} "
-                f"({int(bad.sum())} such positions)"
-            )
-        arrays.append(array)
-    if arrays[1] is not None and not arrays[1].any():
-        raise ValueError(f"DeepMatrixCompletion.{method}: sample_weight must not be 0 everywhere")
-    assert arrays[0] is not None
-    return arrays[0], arrays[1]
-
-
-def _or_ones(weight: NDArray[Any] | None, count: int) -> NDArray[Any]:
-    return np.ones(count) if weight is None else weight
-
-
-def _in_units(record: dict[str, float], scale: float) -> dict[str, float]:
-    return {name: value * scale if name.endswith("_rmse") else value for name, value in record.items() if name != "loss"}
-
-
-class progress_callback:
-    """The callback of ``progress=``: none, the caller's, or a rich progress bar for as long as the training runs."""
-
-    def __init__(self, wanted: bool | Callable[[int, int, dict[str, float]], None], max_steps: int, scale: float) -> None:
-        self.wanted, self.max_steps, self.scale = wanted, max_steps, scale
-        self.bar: Any = None
-
-    def __enter__(self) -> Callable[[int, dict[str, float]], None] | None:
-        report = self.wanted
-        if report is False or report is None:
-            return None
-        if report is True:
-            rich = extra("rich.progress", "a progress bar")
-            columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), "{task.fields[error]}")
-            self.bar = rich.Progress(*columns, rich.TimeElapsedColumn()).__enter__()
-            task = self.bar.add_task("fit", total=self.max_steps, error="")
-
-            def report(step: int, total: int, record: dict[str, float]) -> None:
-                self.bar.update(task, completed=step, error=f"RMSE {record['train_rmse']:.4g}")
-
-        return lambda step, record: report(step, self.max_steps, _in_units(record, self.scale))
-
-    def __exit__(self, *error: Any) -> None:
-        if self.bar is not None:
-            self.bar.__exit__(*error)

@@ -23,17 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 
 from . import solver
-from .completion import SavedEstimator, check_common, is_integer, is_number, mean_and_scale, progress_callback
 from .entries import ObservedEntries
-from .files import extra
-
-extra("sklearn", "the estimators")
-
-from sklearn.base import BaseEstimator, TransformerMixin  # noqa: E402
-from sklearn.utils import check_random_state  # noqa: E402
-from sklearn.utils.validation import check_is_fitted  # noqa: E402
+from .estimators import SavedEstimator, check_common, is_integer, is_number, mean_and_scale, progress_callback
 
 try:
     from sklearn.utils.validation import validate_data  # 1.6

@@ -132,6 +132,7 @@ class TableFit(Fit):
 
 def fit(o: Options, problem: Problem, entries: Entries, progress: Progress | bool) -> Fit:
     """Fit the estimator of this kind of problem to some of its entries."""
+    files.extra("sklearn", "an estimator")
     from .completion import DeepMatrixCompletion
     from .imputer import LowRankImputer
 
