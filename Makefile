@@ -21,7 +21,7 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[all,dev]"
 	@touch $@
 
-demo: dev  ## complete a photograph with 70 % of its pixels removed, and ratings where they are at hand; results in out/demo
+demo: dev  ## complete a photograph with 70 % of its pixels removed, ratings and a table where they are at hand
 	$(BIN)/python examples/demo.py --out out/demo
 
 test: dev  ## the whole test suite
