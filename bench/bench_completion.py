@@ -158,13 +158,7 @@ def hand_written_coo(case: Case) -> Callable[[int], Callable[[], Any]]:
             p, v = case.left @ product, case.columns
             p_rows, v_rows = p.index_select(0, case.row), v.index_select(0, case.col)
             error = (p_rows * v_rows).sum(1).sub_(case.values)
-            biases: tuple[Tensor, ...] = ()
-            if case.row_bias is not None and case.col_bias is not None:
-                error.add_(case.row_bias[case.row]).add_(case.col_bias[case.col])
-                biases = (
-                    torch.zeros_like(case.row_bias).index_add_(0, case.row, error),
-                    torch.zeros_like(case.col_bias).index_add_(0, case.col, error),
-                )
+            biases = add_biases(case, error)
             grad_p = torch.zeros_like(p).index_add_(0, case.row, v_rows.mul_(error[:, None]))
             grad_v = torch.zeros_like(v).index_add_(0, case.col, p_rows.mul_(error[:, None]))
             return (error.square().sum() / 2, *chain(case.left, case.core, grad_p, grad_v, product), *biases)
@@ -172,6 +166,17 @@ def hand_written_coo(case: Case) -> Callable[[int], Callable[[], Any]]:
         return run
 
     return make
+
+
+def add_biases(case: Case, error: Tensor) -> tuple[Tensor, ...]:
+    """Add the biases to the errors in place; their gradients, or nothing where the case has none."""
+    if case.row_bias is None or case.col_bias is None:
+        return ()
+    error.add_(case.row_bias[case.row]).add_(case.col_bias[case.col])
+    return (
+        torch.zeros_like(case.row_bias).index_add_(0, case.row, error),
+        torch.zeros_like(case.col_bias).index_add_(0, case.col, error),
+    )
 
 
 def hand_written_csr(case: Case) -> Callable[[int], Callable[[], Any]]:
@@ -199,13 +204,7 @@ def hand_written_csr(case: Case) -> Callable[[int], Callable[[], Any]]:
             p, v = case.left @ product, case.columns
             e = torch.sparse.sampled_addmm(negative, p, v.t())
             error = e.values()
-            biases: tuple[Tensor, ...] = ()
-            if case.row_bias is not None and case.col_bias is not None:
-                error.add_(case.row_bias[case.row]).add_(case.col_bias[case.col])
-                biases = (
-                    torch.zeros_like(case.row_bias).index_add_(0, case.row, error),
-                    torch.zeros_like(case.col_bias).index_add_(0, case.col, error),
-                )
+            biases = add_biases(case, error)
             e_t = sparse(col_offsets, col_index, error[order], (case.n, case.m))
             return (error.square().sum() / 2, *chain(case.left, case.core, e @ v, e_t @ p, product), *biases)
 

@@ -51,13 +51,13 @@ def masked_gradient(
 
     def matmul(x: Tensor) -> Tensor:
         x = x.to(entries.dtype)
-        grads = completion_loss_and_gradients(x.new_zeros(m, x.shape[1]), None, x.t(), entries, **biases)[1]  # type: ignore[arg-type]
+        grads = completion_loss_and_gradients(x.new_zeros(m, x.shape[1]), None, x.t(), entries, wanted=("left",), **biases)[1]  # type: ignore[arg-type]
         assert grads.left is not None
         return grads.left.double()
 
     def rmatmul(x: Tensor) -> Tensor:
         x = x.to(entries.dtype)
-        grads = completion_loss_and_gradients(x, None, x.new_zeros(x.shape[1], n), entries, **biases)[1]  # type: ignore[arg-type]
+        grads = completion_loss_and_gradients(x, None, x.new_zeros(x.shape[1], n), entries, wanted=("right",), **biases)[1]  # type: ignore[arg-type]
         assert grads.right is not None
         return grads.right.t().double()
 

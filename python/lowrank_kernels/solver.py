@@ -236,13 +236,16 @@ def damped_biases(
         weight = side.offsets.diff() if side.weights is None else _segment_sum(side.weights, side.offsets)
         return (bias * weight - sums) / (weight + damp).clamp(min=TINY)
 
+    def sums(side: str) -> Tensor | None:
+        biases = {"row_bias": row_bias, "col_bias": col_bias}
+        grads = completion_loss_and_gradients(zero_left, None, zero_right, entries, wanted=(side,), **biases)[1]  # type: ignore[arg-type]
+        return grads.col_bias if side == "col_bias" else grads.row_bias
+
     for _ in range(rounds):
-        for own in ("columns", "rows"):
-            _, grads = completion_loss_and_gradients(zero_left, None, zero_right, entries, row_bias=row_bias, col_bias=col_bias)
-            if own == "columns" and columns:
-                col_bias = half(col_bias, grads.col_bias, entries.by_col, damping[1])
-            if own == "rows" and rows:
-                row_bias = half(row_bias, grads.row_bias, entries.by_row, damping[0])
+        if columns:
+            col_bias = half(col_bias, sums("col_bias"), entries.by_col, damping[1])
+        if rows:
+            row_bias = half(row_bias, sums("row_bias"), entries.by_row, damping[0])
     return row_bias, col_bias
 
 
