@@ -44,53 +44,137 @@ __all__ = [
 
 
 class DeepLoRALinear(hosts.Linear, methods.DeepLoRA):
-    """an ``nn.Linear``, or transformers' ``Conv1D``, with Deep LoRA adapters; options as in :class:`DeepLoRALinear`."""
+    r"""A frozen linear layer (``nn.Linear``, transformers' ``Conv1D``) plus a trained Deep LoRA update.
+
+    .. math:: y = x W^T + b + s\,(((\mathrm{drop}(x) R^T) C^T) L^T), \qquad C = core_{depth-1} \cdots core_0
+
+    Args:
+        base_layer: the layer to adapt; it is kept as it is, its parameters are frozen.
+        rank: inner width k, from 1 to ``min(out_features, in_features)``; even for the start by compression.
+        depth: number of cores, at least 1.
+        init_scale: epsilon; the cores start as epsilon I between random orthonormal ``left`` and ``right``, so the update
+            starts with k singular values ``scale * epsilon^depth``.
+        scale: s.
+        dropout: probability, from 0 to below 1, to drop an element of x before R, in training only.
+        dtype: of the factors; by default float64 for a float64 layer and float32 for all others. Else the layer's own.
+        adapter: name of the adapter; more come with :meth:`~AdapterLayer.add_adapter` and the same options.
+        generator: a CPU ``torch.Generator``; the same seed gives the same factors on every device.
+
+    Raises:
+        TypeError: another layer, a subclass, quantized or parametrized; a dtype that does not go with the layer's.
+        ValueError: an option out of range.
+
+    Note:
+        Base product and update are one call of :func:`lowrank_kernels.ops.three_factor_linear` (its precision, memory and
+        determinism), unless the base layer has hooks: then it is called as it is and the update is added.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.nn import DeepLoRALinear
+        >>> layer = DeepLoRALinear.from_linear(torch.nn.Linear(6, 4), rank=2, generator=torch.Generator().manual_seed(0))
+        >>> layer(torch.ones(3, 6)).shape
+        torch.Size([3, 4])
+        >>> sorted(name for name, parameter in layer.named_parameters() if parameter.requires_grad)
+        ['core.default', 'left.default', 'right.default']
+        >>> layer.merge().adapters
+        ('default',)
+        >>> layer.unmerge()  # the base weight is bit for bit what it was
+
+    Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4.
+    """
 
 
 class DeepLoRAEmbedding(hosts.Embedding, methods.DeepLoRA):
-    """an ``nn.Embedding`` with Deep LoRA adapters; options as in :class:`DeepLoRALinear`."""
+    """A frozen ``nn.Embedding`` plus a trained Deep LoRA update; options as in :class:`DeepLoRALinear`."""
 
 
 class DeepLoRAConv1d(hosts.Conv1d, methods.DeepLoRA):
-    """an ``nn.Conv1d`` with Deep LoRA adapters; options as in :class:`DeepLoRALinear`."""
+    """A frozen ``nn.Conv1d`` plus a trained Deep LoRA update; options as in :class:`DeepLoRALinear`."""
 
 
 class DeepLoRAConv2d(hosts.Conv2d, methods.DeepLoRA):
-    """an ``nn.Conv2d`` with Deep LoRA adapters; options as in :class:`DeepLoRALinear`."""
+    """A frozen ``nn.Conv2d`` plus a trained Deep LoRA update; options as in :class:`DeepLoRALinear`."""
 
 
 class LoRALinear(hosts.Linear, methods.LoRA):
-    """an ``nn.Linear``, or transformers' ``Conv1D``, with LoRA adapters; options as in :class:`LoRALinear`."""
+    r"""A frozen linear layer (``nn.Linear``, transformers' ``Conv1D``) plus a trained LoRA update.
+
+    .. math:: y = x W^T + b + \tfrac{\alpha}{k}\,(\mathrm{drop}(x) R^T) L^T
+
+    Args:
+        base_layer, rank, dropout, dtype, adapter, generator: as in :class:`DeepLoRALinear`.
+        alpha: the scale is ``alpha / rank``.
+
+    Note:
+        ``left`` (LoRA's B) starts at zero, ``right`` (A) kaiming uniform, as in PEFT; an embedding starts with A at zero and
+        B normal.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.nn import LoRALinear
+        >>> layer = LoRALinear.from_linear(torch.nn.Linear(6, 4), rank=2, alpha=4)
+        >>> layer.adapters["default"].scale
+        2.0
+        >>> torch.equal(layer(torch.ones(1, 6)), layer.base_layer(torch.ones(1, 6)))
+        True
+
+    Source: Hu et al., ICLR 2022, arXiv:2106.09685.
+    """
 
 
 class LoRAEmbedding(hosts.Embedding, methods.LoRA):
-    """an ``nn.Embedding`` with LoRA adapters; options as in :class:`LoRALinear`."""
+    """A frozen ``nn.Embedding`` plus a trained LoRA update; options as in :class:`LoRALinear`."""
 
     _starts_right = True
 
 
 class LoRAConv1d(hosts.Conv1d, methods.LoRA):
-    """an ``nn.Conv1d`` with LoRA adapters; options as in :class:`LoRALinear`."""
+    """A frozen ``nn.Conv1d`` plus a trained LoRA update; options as in :class:`LoRALinear`."""
 
 
 class LoRAConv2d(hosts.Conv2d, methods.LoRA):
-    """an ``nn.Conv2d`` with LoRA adapters; options as in :class:`LoRALinear`."""
+    """A frozen ``nn.Conv2d`` plus a trained LoRA update; options as in :class:`LoRALinear`."""
 
 
 class RandLoRALinear(hosts.Linear, methods.RandLoRA):
-    """an ``nn.Linear``, or transformers' ``Conv1D``, with RandLoRA adapters; options as in :class:`RandLoRALinear`."""
+    r"""A frozen linear layer (``nn.Linear``, transformers' ``Conv1D``) plus a trained RandLoRA update of full rank.
+
+    .. math:: \Delta W = \frac{\alpha}{k \sqrt n} \sum_{i=1}^{n} B_i\,\mathrm{diag}(\lambda_{:i})\,A\,\mathrm{diag}(\gamma_i),
+        \qquad n = \lceil \min(out, in) / k \rceil
+
+    or its transpose where ``out < in``, so that A and gamma lie on the smaller side. ``B_i`` (max, k) and A (k, min) are
+    normal, drawn from ``basis_seed`` and frozen; trained are ``lambdas`` (k, n), which start at zero, and ``gammas``
+    (n, min), which start at one over the larger side.
+
+    Args:
+        base_layer, dropout, dtype, adapter: as in :class:`DeepLoRALinear`.
+        rank: k, columns of each ``B_i``; a smaller one trains fewer lambdas and more gammas.
+        alpha: the scale is ``alpha / (rank sqrt n)``; PEFT's RandLoRA leaves out the root.
+        basis_seed: of ``B_i`` and A. Layers of one shape, rank, seed, dtype and device share them; they are not in the
+            ``state_dict``, and take about the memory of one weight for every shape.
+        generator: accepted as by the other methods; nothing is drawn from it.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.nn import RandLoRALinear
+        >>> layer = RandLoRALinear.from_linear(torch.nn.Linear(6, 4), rank=2)
+        >>> {kind: tuple(parameter.shape) for kind, parameter in layer.adapter_parameters("default").items()}
+        {'lambdas': (2, 2), 'gammas': (2, 4)}
+
+    Source: Albert et al., ICLR 2025, arXiv:2502.00987.
+    """
 
 
 class RandLoRAEmbedding(hosts.Embedding, methods.RandLoRA):
-    """an ``nn.Embedding`` with RandLoRA adapters; options as in :class:`RandLoRALinear`."""
+    """A frozen ``nn.Embedding`` plus a trained RandLoRA update; options as in :class:`RandLoRALinear`."""
 
 
 class RandLoRAConv1d(hosts.Conv1d, methods.RandLoRA):
-    """an ``nn.Conv1d`` with RandLoRA adapters; options as in :class:`RandLoRALinear`."""
+    """A frozen ``nn.Conv1d`` plus a trained RandLoRA update; options as in :class:`RandLoRALinear`."""
 
 
 class RandLoRAConv2d(hosts.Conv2d, methods.RandLoRA):
-    """an ``nn.Conv2d`` with RandLoRA adapters; options as in :class:`RandLoRALinear`."""
+    """A frozen ``nn.Conv2d`` plus a trained RandLoRA update; options as in :class:`RandLoRALinear`."""
 
 
 _CLASSES: dict[str, tuple[type[AdapterLayer], ...]] = {

@@ -65,12 +65,12 @@ class AdapterLayer(nn.Module):
         left, core, right: ``nn.ParameterDict`` by adapter name (empty for RandLoRA; core is empty for LoRA).
         adapters: name -> :class:`AdapterInfo`.
         matrix_shape: ``(out, in)`` of the update as a matrix.
-        training: dropout acts in training only, and on the input of the update only.
 
     Note:
-        The first adapter is active, later ones once :meth:`set_adapter` names them; active ones add up. ``state_dict`` has
-        the keys ``base_layer.*``, ``left.<name>``, ``core.<name>``, ``right.<name>`` (RandLoRA: ``lambdas.<name>``,
-        ``gammas.<name>``), and the unmerged base weight also while adapters are merged.
+        Dropout acts in training only, and on the input of the update only. The first adapter is active, later ones once
+        :meth:`set_adapter` names them; active ones add up. ``state_dict`` has the keys ``base_layer.*``, ``left.<name>``,
+        ``core.<name>``, ``right.<name>`` (RandLoRA: ``lambdas.<name>``, ``gammas.<name>``), and the unmerged base weight
+        also while adapters are merged.
     """
 
     method: str
@@ -372,12 +372,13 @@ class AdapterLayer(nn.Module):
         self.reset_parameters(name, generator)
         self._refresh()
 
-    def _check_rank(self, rank: int, name: str = "rank", smallest: int = 1) -> None:
-        out_features, in_features = self.matrix_shape
-        if not isinstance(rank, int) or isinstance(rank, bool) or not smallest <= rank <= min(self.matrix_shape):
+    def _check_rank(self, rank: int) -> None:
+        smaller = min(self.matrix_shape)
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= smaller:
+            out_features, in_features = self.matrix_shape
             raise ValueError(
-                f"{type(self).__name__}: {name} must be from {smallest} to {min(self.matrix_shape)}, the smaller side of this "
-                f"layer's {out_features} x {in_features} matrix, got {rank!r}"
+                f"{type(self).__name__}: rank must be an integer from 1 to {smaller}, the smaller side of this layer's "
+                f"{out_features} x {in_features} matrix, got {rank!r}"
             )
 
     def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:

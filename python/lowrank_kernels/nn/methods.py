@@ -10,8 +10,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..reference.compression import haar
+from ..reference.compression import orthonormal
 from .layer import AdapterInfo, AdapterLayer, Factors
+
+
+def _normal(rows: int, columns: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Drawn on the CPU, in float32 (float64 for float64), so that a seed means the same on every device."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.randn(rows, columns, generator=generator, dtype=wide, device="cpu")
 
 
 class DeepLoRA(AdapterLayer):
@@ -47,15 +53,14 @@ class DeepLoRA(AdapterLayer):
         left, core, right = parameters["left"], parameters["core"], parameters["right"]
         if left.is_meta:
             return
-        wide = torch.float64 if left.dtype == torch.float64 else torch.float32
-        left.copy_(haar(*left.shape, generator=generator, dtype=wide))
-        right.copy_(haar(right.shape[1], info.rank, generator=generator, dtype=wide).t())
-        core.copy_(info.init_scale * torch.eye(info.rank, dtype=wide))  # type: ignore[operator]
+        left.copy_(orthonormal(_normal(left.shape[0], left.shape[1], left, generator)))
+        right.copy_(orthonormal(_normal(right.shape[1], info.rank, right, generator)).t())
+        core.copy_(info.init_scale * torch.eye(info.rank, dtype=core.dtype, device=core.device))  # type: ignore[operator]
 
 
 class LoRA(AdapterLayer):
     method = "lora"
-    _starts_right = False  # which factor starts at zero: left, or right for an embedding
+    _starts_right = False  # left starts at zero; for an embedding right does
 
     def add_adapter(
         self,
@@ -80,13 +85,13 @@ class LoRA(AdapterLayer):
         left, right = parameters["left"], parameters["right"]
         if left.is_meta:
             return
-        wide = torch.float64 if left.dtype == torch.float64 else torch.float32
         if self._starts_right:
             right.zero_()
-            left.copy_(torch.randn(left.shape, generator=generator, dtype=wide))
+            left.copy_(_normal(left.shape[0], left.shape[1], left, generator))
         else:
             left.zero_()
-            right.copy_(nn.init.kaiming_uniform_(torch.empty(right.shape, dtype=wide), math.sqrt(5), generator=generator))
+            drawn = torch.empty(right.shape, dtype=right.dtype, device="cpu")
+            right.copy_(nn.init.kaiming_uniform_(drawn, math.sqrt(5), generator=generator))
 
 
 class RandLoRA(AdapterLayer):
@@ -167,7 +172,7 @@ def _basis(matrix_shape: tuple[int, int], rank: int, seed: int, like: Tensor) ->
     if outer is None or inner is None:
         with torch.inference_mode(False):
             generator = torch.Generator().manual_seed(seed)
-            inner, outer = (torch.randn(shape, generator=generator).to(like) for shape in reversed(shapes))
+            inner, outer = (torch.randn(shape, generator=generator, device="cpu").to(like) for shape in reversed(shapes))
         if type(outer) is Tensor:  # not a fake one
             _shared[keys[0]], _shared[keys[1]] = outer, inner
     return outer, inner
