@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -253,7 +253,9 @@ class AdapterLayer(nn.Module):
         """The update of the base weight, in its layout; float32 (float64 for float64), differentiable in the factors."""
         left, core, right, scale = self.factors(name)
         dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
-        with torch.autocast(left.device.type, enabled=False):
+        device_type = left.device.type
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # none on meta
+        with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
             product = core_product(None if core is None else core.to(dtype))
             right = right.to(dtype) if product is None else product @ right.to(dtype)
             return self._as_weight(scale * (left.to(dtype) @ right))
