@@ -3,11 +3,14 @@
 // The GIL is released around the work.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <memory>
 #include <string>
 #include <type_traits>
 
 #include "completion.h"
 #include "dispatch.h"
+#include "three_factor.h"
 #if LRK_WITH_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -21,7 +24,7 @@ lrk::Simd g_simd = lrk::simd_best();
 template <typename T>
 T* pointer(std::uintptr_t address, int64_t count, const char* name) {
   if (address == 0 && count > 0)
-    throw std::invalid_argument(std::string("completion_pass: ") + name +
+    throw std::invalid_argument(std::string(name) +
                                 " has a null data pointer (a meta or fake tensor reached the native kernel)");
   return reinterpret_cast<T*>(address);
 }
@@ -42,23 +45,23 @@ lrk::CompletionPass<T, I> completion_pass(const CompletionArguments& a) {
   p.other_count = a.other_count;
   p.entry_count = a.entry_count;
   p.width = a.width;
-  p.offsets = pointer<const int64_t>(a.offsets, a.own_count + 1, "offsets");
-  p.other_index = pointer<const I>(a.other_index, a.entry_count, "other_index");
-  p.values = pointer<const T>(a.values, a.entry_count, "values");
-  p.weights = pointer<const T>(a.weights, 0, "weights");
-  p.own = pointer<const T>(a.own, a.own_count, "own");
-  p.other = pointer<const T>(a.other, a.entry_count, "other");
-  p.own_bias = pointer<const T>(a.own_bias, 0, "own_bias");
-  p.other_bias = pointer<const T>(a.other_bias, 0, "other_bias");
+  p.offsets = pointer<const int64_t>(a.offsets, a.own_count + 1, "completion_pass: offsets");
+  p.other_index = pointer<const I>(a.other_index, a.entry_count, "completion_pass: other_index");
+  p.values = pointer<const T>(a.values, a.entry_count, "completion_pass: values");
+  p.weights = pointer<const T>(a.weights, 0, "completion_pass: weights");
+  p.own = pointer<const T>(a.own, a.own_count, "completion_pass: own");
+  p.other = pointer<const T>(a.other, a.entry_count, "completion_pass: other");
+  p.own_bias = pointer<const T>(a.own_bias, 0, "completion_pass: own_bias");
+  p.other_bias = pointer<const T>(a.other_bias, 0, "completion_pass: other_bias");
   p.offset = T(a.offset);
-  p.plan = pointer<const int64_t>(a.plan, a.plan_size, "plan");
+  p.plan = pointer<const int64_t>(a.plan, a.plan_size, "completion_pass: plan");
   p.plan_size = a.plan_size;
   p.long_count = a.long_count;
   p.long_row = a.long_row;
-  p.loss_parts = pointer<double>(a.loss_parts, 0, "loss_parts");
-  p.own_grad = pointer<T>(a.own_grad, 0, "own_grad");
-  p.own_bias_grad = pointer<T>(a.own_bias_grad, 0, "own_bias_grad");
-  p.own_loss = pointer<T>(a.own_loss, 0, "own_loss");
+  p.loss_parts = pointer<double>(a.loss_parts, 0, "completion_pass: loss_parts");
+  p.own_grad = pointer<T>(a.own_grad, 0, "completion_pass: own_grad");
+  p.own_bias_grad = pointer<T>(a.own_bias_grad, 0, "completion_pass: own_bias_grad");
+  p.own_loss = pointer<T>(a.own_loss, 0, "completion_pass: own_loss");
   return p;
 }
 
@@ -127,6 +130,106 @@ void completion_cuda(bool is_double, bool wide_index, const CompletionArguments&
 
 #endif
 
+struct ThreeFactorArguments {  // what both directions of the three-factor op share; field order is the call's
+  int64_t tokens, in_features, out_features, rank, depth;
+  int type, factor_type;
+  std::uintptr_t x;
+  int64_t x_stride;
+  std::uintptr_t left, core, right;
+  double scale;
+  int drop_threshold;
+  std::uintptr_t seed;
+};
+
+template <typename Parameters>
+Parameters three_factor(const ThreeFactorArguments& a) {
+  if (a.rank < 1 || a.rank > lrk::kMaxRank)
+    throw std::invalid_argument("three_factor_linear: the kernels take ranks from 1 to " + std::to_string(lrk::kMaxRank) +
+                                ", got " + std::to_string(a.rank));
+  Parameters p;
+  p.tokens = a.tokens;
+  p.in_features = a.in_features;
+  p.out_features = a.out_features;
+  p.rank = a.rank;
+  p.depth = a.depth;
+  p.type = static_cast<lrk::DType>(a.type);
+  p.factor_type = static_cast<lrk::DType>(a.factor_type);
+  p.x = pointer<const void>(a.x, a.tokens * a.in_features, "three_factor_linear: x");
+  p.x_stride = a.x_stride;
+  p.left = pointer<const void>(a.left, a.out_features, "three_factor_linear: left");
+  p.core = pointer<const void>(a.core, a.depth, "three_factor_linear: core");
+  p.right = pointer<const void>(a.right, a.in_features, "three_factor_linear: right");
+  p.scale = a.scale;
+  p.drop_threshold = a.drop_threshold;
+  p.seed = pointer<const int64_t>(a.seed, a.drop_threshold, "three_factor_linear: seed");
+  return p;
+}
+
+lrk::ThreeFactorForward three_factor_forward(const ThreeFactorArguments& a, std::uintptr_t bias, std::uintptr_t y,
+                                             std::uintptr_t z) {
+  auto p = three_factor<lrk::ThreeFactorForward>(a);
+  p.bias = pointer<const void>(bias, 0, "bias");
+  p.y = pointer<void>(y, a.tokens * a.out_features, "three_factor_linear: y");
+  p.z = pointer<void>(z, a.tokens, "three_factor_linear: z");
+  return p;
+}
+
+lrk::ThreeFactorBackward three_factor_backward(const ThreeFactorArguments& a, std::uintptr_t dy, int64_t dy_stride,
+                                               std::uintptr_t z, std::uintptr_t dx, std::uintptr_t dleft, std::uintptr_t dcore,
+                                               std::uintptr_t dright) {
+  auto p = three_factor<lrk::ThreeFactorBackward>(a);
+  p.dy = pointer<const void>(dy, a.tokens * a.out_features, "three_factor_linear: dy");
+  p.dy_stride = dy_stride;
+  p.z = pointer<const void>(z, a.tokens, "three_factor_linear: z");
+  p.dx = pointer<void>(dx, 0, "dx");
+  p.dleft = pointer<void>(dleft, 0, "dleft");
+  p.dcore = pointer<void>(dcore, 0, "dcore");
+  p.dright = pointer<void>(dright, 0, "dright");
+  return p;
+}
+
+#if defined(__x86_64__)
+#define LRK_CALL_AT_LEVEL(function, ...)                                \
+  switch (g_simd) {                                                     \
+    case lrk::Simd::avx512: return lrk::function##_avx512(__VA_ARGS__); \
+    case lrk::Simd::avx2: return lrk::function##_avx2(__VA_ARGS__);     \
+    default: return lrk::function##_portable(__VA_ARGS__);              \
+  }
+#else
+#define LRK_CALL_AT_LEVEL(function, ...) return lrk::function##_portable(__VA_ARGS__);
+#endif
+
+int64_t workspace_at_level(const lrk::ThreeFactor& p, bool backward) {
+  LRK_CALL_AT_LEVEL(three_factor_workspace, p, backward)
+}
+void run_at_level(const lrk::ThreeFactorForward& p, void* workspace, int threads) {
+  LRK_CALL_AT_LEVEL(three_factor_forward, p, workspace, threads)
+}
+void run_at_level(const lrk::ThreeFactorBackward& p, void* workspace, int threads) {
+  LRK_CALL_AT_LEVEL(three_factor_backward, p, workspace, threads)
+}
+
+template <typename Parameters>
+void three_factor_cpu(const Parameters& p, bool backward, int threads) {
+  py::gil_scoped_release release;
+  const int64_t bytes = workspace_at_level(p, backward);
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64), &std::free);
+  if (!workspace) throw std::bad_alloc();
+  run_at_level(p, workspace.get(), threads);
+}
+
+#if LRK_WITH_CUDA
+
+template <typename Parameters, typename Run>
+void three_factor_cuda(const Parameters& p, int device, Run run) {
+  py::gil_scoped_release release;
+  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess)
+    throw std::runtime_error(std::string("three_factor_linear: cudaSetDevice failed: ") + cudaGetErrorString(error));
+  run(p);
+}
+
+#endif
+
 // What this process can run CUDA kernels on; `reason` says why nothing, and is empty where there is a GPU.
 py::dict cuda_info() {
   int count = 0, driver = 0, runtime = 0;
@@ -187,6 +290,21 @@ PYBIND11_MODULE(_C, m) {
                                    plan_size, long_count,  long_row,    loss_parts, own_grad,   own_bias_grad, own_loss};
       }));
   m.def("completion_cpu", &completion_cpu);
+  py::class_<ThreeFactorArguments>(m, "ThreeFactorArguments")
+      .def(py::init([](int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank, int64_t depth, int type,
+                       int factor_type, std::uintptr_t x, int64_t x_stride, std::uintptr_t left, std::uintptr_t core,
+                       std::uintptr_t right, double scale, int drop_threshold, std::uintptr_t seed) {
+        return ThreeFactorArguments{tokens,   in_features, out_features, rank,  depth, type,           factor_type, x,
+                                    x_stride, left,        core,         right, scale, drop_threshold, seed};
+      }));
+  m.attr("max_rank") = lrk::kMaxRank;
+  m.def("three_factor_forward_cpu", [](const ThreeFactorArguments& a, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t z,
+                                       int threads) { three_factor_cpu(three_factor_forward(a, bias, y, z), false, threads); });
+  m.def("three_factor_backward_cpu",
+        [](const ThreeFactorArguments& a, std::uintptr_t dy, int64_t dy_stride, std::uintptr_t z, std::uintptr_t dx,
+           std::uintptr_t dleft, std::uintptr_t dcore, std::uintptr_t dright, int threads) {
+          three_factor_cpu(three_factor_backward(a, dy, dy_stride, z, dx, dleft, dcore, dright), true, threads);
+        });
   m.def("cuda_info", &cuda_info);
 #if LRK_WITH_CUDA
   m.def("completion_cuda_workspace", &completion_cuda_workspace);

@@ -10,9 +10,11 @@ enum class Simd { portable, avx2, avx512 };
 inline bool simd_supported(Simd level) {
 #if defined(__x86_64__)
   // libgcc's test includes the operating system's: wide registers it does not save do not count.
-  if (level == Simd::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == Simd::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (level == Simd::avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return simd_supported(Simd::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
 #endif
   return level == Simd::portable;
 }

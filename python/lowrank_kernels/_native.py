@@ -150,14 +150,82 @@ def _device_guard(index: int) -> AbstractContextManager[Any]:
     return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/three_factor.h
+MAX_RANK = 0 if _C is None else int(_C.max_rank)
+
+
 def three_factor_serves(x: Tensor, left: Tensor) -> bool:
-    """True where the native kernels take the three-factor op, False where the chain of matrix products is faster."""
-    return False
+    """True where the native kernels take the three-factor op, False where the chain of matrix products is as fast."""
+    return left.shape[1] <= MAX_RANK and x.device.type == "cpu" and serves(x.device)
 
 
-def three_factor_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+def _rows(x: Tensor) -> Tensor:
+    """x ``(T, N)`` or a copy of it: unit stride inside a row, any pitch between rows that no two rows share."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def three_factor_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+def _three_factor_arguments(
+    x: Tensor, left: Tensor, core: Tensor | None, right: Tensor, scale: float, threshold: int, seed: Tensor | None
+) -> Any:
+    return _C.ThreeFactorArguments(
+        x.shape[0],
+        x.shape[1],
+        left.shape[0],
+        left.shape[1],
+        0 if core is None else core.shape[0],
+        _DTYPES[x.dtype],
+        _DTYPES[left.dtype],
+        x.data_ptr(),
+        x.stride(0),
+        left.data_ptr(),
+        _pointer(core),
+        right.data_ptr(),
+        scale,
+        threshold,
+        _pointer(seed),
+    )
+
+
+def three_factor_forward(
+    x: Tensor,  # (T, N)
+    left: Tensor,
+    core: Tensor | None,
+    right: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    threshold: int,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``y0`` (T, M) and ``z`` (2, T, K) of csrc/three_factor.h."""
+    x, left, right = _rows(x), left.contiguous(), right.contiguous()
+    core, bias = None if core is None else core.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty(x.shape[0], left.shape[0])
+    z = x.new_empty(2, x.shape[0], left.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    arguments = _three_factor_arguments(x, left, core, right, scale, threshold, seed)
+    _C.three_factor_forward_cpu(arguments, _pointer(bias), y.data_ptr(), z.data_ptr(), torch.get_num_threads())
+    return y, z
+
+
+def three_factor_backward(
+    dy: Tensor,  # (T, M)
+    x: Tensor,  # (T, N)
+    left: Tensor,
+    core: Tensor | None,
+    right: Tensor,
+    z: Tensor,
+    scale: float,
+    threshold: int,
+    seed: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``dx0`` (T, N), ``dleft``, ``dcore`` and ``dright`` of csrc/three_factor.h; empty where not wanted."""
+    x, dy, left, right = _rows(x), _rows(dy), left.contiguous(), right.contiguous()
+    core = None if core is None else core.contiguous()
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0)
+    dleft = torch.empty_like(left) if wanted[1] else left.new_empty(0)
+    dcore = torch.empty_like(core) if wanted[2] and core is not None else left.new_empty(0)
+    dright = torch.empty_like(right) if wanted[3] else left.new_empty(0)
+    arguments = _three_factor_arguments(x, left, core, right, scale, threshold, seed)
+    pointers = (z.data_ptr(), dx.data_ptr(), dleft.data_ptr(), dcore.data_ptr(), dright.data_ptr())
+    _C.three_factor_backward_cpu(arguments, dy.data_ptr(), dy.stride(0), *pointers, torch.get_num_threads())
+    return dx, dleft, dcore, dright

@@ -1,0 +1,712 @@
+// three_factor_cpu.cpp: the update of a linear layer on the CPU (formulas and symbols in three_factor.h), compiled once a SIMD
+// level.
+//
+// One register-blocked product does everything: acc[i][:] += a[i] b[p][:], vectors along K (or along the outputs), with 6 x 2
+// or 12 x 1 accumulators. x and dy go through tiles of 48 x 96 numbers, widened to float (and dropped) on the way, that stay in
+// L1 while both of their products are formed: dy L and dy^T z2 from one read of dy. 6 T K (N + M) flops, two thirds of them in
+// backward; bound by the multipliers, as the base products are.
+//
+// Rows of x are independent of how they are divided among threads. Parameter gradients are summed over at most 16 slices of
+// rows whose number depends on the shape alone, then over the slices in their order: threads do not change a bit.
+#include "half.h"
+#include "simd.h"
+#include "three_factor.h"
+
+namespace lrk {
+namespace {
+
+constexpr int64_t kTile = 96;   // columns of a tile: a multiple of every panel (8 to 32 numbers) and of 12
+constexpr int64_t kGroup = 12;  // rows of the largest register block; what is read in blocks is padded to it
+constexpr int64_t kAlign = 64;
+constexpr int64_t kMaxSlices = 16;
+template <typename A>
+constexpr int64_t kRows = 192 / int64_t(sizeof(A));  // rows of a tile: 18 KB of 32 KB L1
+template <typename A>
+constexpr int64_t kPanel = 2 * kLanes<A>;  // outputs computed together by expand()
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// ---------------------------------------------------------------------- the register block
+
+// acc[i][v] += sum_p a[i SA + p step] b[p ldb + v lanes]
+template <typename A, int MR, int NV, int64_t SA>
+inline void multiply(const A* a, int64_t step, int64_t count, const A* b, int64_t ldb,
+                     typename Vector<A>::type (&acc)[MR][NV]) {
+  typedef typename Vector<A>::type V;
+  for (int64_t p = 0; p < count; ++p, a += step, b += ldb) {
+    V column[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) column[v] = load<V>(b + v * kLanes<A>);
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      const V factor = a[i * SA] - V{};
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[i][v] += factor * column[v];
+    }
+  }
+}
+
+template <int NV>
+constexpr int kBlock = LRK_VECTOR_BYTES == 64 || NV == 1 ? 12 : 6;  // 12 of 16 registers, 24 of 32 with AVX-512
+
+template <typename A, int NV, int64_t SA>
+inline void product_panel(A* out, int64_t rows, int64_t width, const A* a, int64_t step, int64_t count, const A* b, bool add) {
+  typedef typename Vector<A>::type V;
+  constexpr int MR = kBlock<NV>;
+  for (int64_t i = 0; i < rows; i += MR) {
+    V acc[MR][NV];
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[r][v] = V{};
+    multiply<A, MR, NV, SA>(a + i * SA, step, count, b, width, acc);
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        A* place = out + (i + r) * width + v * kLanes<A>;
+        store(place, add ? load<V>(place) + acc[r][v] : acc[r][v]);  // sums of sums: shorter chains round less
+      }
+  }
+}
+
+// out[i][:] (+)= sum_p a[i SA + p step] b[p][:], rows of out and b `width` long. Computes round_up(rows, 12) rows.
+template <typename A, int64_t SA>
+inline void product(A* out, int64_t rows, int64_t width, const A* a, int64_t step, int64_t count, const A* b, bool add) {
+  int64_t j = 0;
+  for (; j + kPanel<A> <= width; j += kPanel<A>) product_panel<A, 2, SA>(out + j, rows, width, a, step, count, b + j, add);
+  if (j < width) product_panel<A, 1, SA>(out + j, rows, width, a, step, count, b + j, add);
+}
+
+// ---------------------------------------------------------------------- dropout
+
+// 0 or 1 / (1 - p) for columns [column, column + columns) of row t, columns a multiple of 8 (as is `column`).
+template <typename A>
+void mask_row(A* mask, const ThreeFactor& p, A keep, int64_t t, int64_t column, int64_t columns) {
+  typedef uint64_t U __attribute__((vector_size(32)));
+  const uint64_t seed = uint64_t(*p.seed);
+  for (int64_t c = 0; c < columns; c += 32) {  // four counters side by side, 32-bit words in 64-bit lanes
+    const uint64_t group = uint64_t(column + c) / 8;
+    U c0 = {group, group + 1, group + 2, group + 3}, c1 = U{} + (uint64_t(t) & 0xFFFFFFFF), c2 = U{} + (uint64_t(t) >> 32),
+      c3 = {};
+    uint64_t k0 = seed & 0xFFFFFFFF, k1 = seed >> 32;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const U low = multiply_words(c0, 0xD2511F53), high = multiply_words(c2, 0xCD9E8D57);
+      c0 = (high >> 32) ^ c1 ^ k0;
+      c1 = high & 0xFFFFFFFF;
+      c2 = (low >> 32) ^ c3 ^ k1;
+      c3 = low & 0xFFFFFFFF;
+      k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF;
+      k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF;
+    }
+    const U first = c0 | c1 << 32, second = c2 | c3 << 32;
+    const U words[2] = {__builtin_shufflevector(first, second, 0, 4, 1, 5), __builtin_shufflevector(first, second, 2, 6, 3, 7)};
+    uint16_t bits[32];
+    __builtin_memcpy(bits, words, sizeof bits);
+    const int64_t live = smaller(columns - c, 32);
+    for (int64_t e = 0; e < live; ++e) mask[c + e] = int32_t(bits[e]) >= p.drop_threshold ? keep : A(0);
+  }
+}
+
+// ---------------------------------------------------------------------- tiles and packed factors
+
+// A tile of x (or dy), widened, times the mask where there is one, zero-filled to multiples of 12.
+template <typename X, typename A>
+void read_tile(A* tile, const X* x, int64_t pitch, int64_t rows, int64_t columns, const A* mask) {
+  const int64_t wide = round_up(columns, kGroup), high = round_up(rows, kGroup);
+  for (int64_t r = 0; r < rows; ++r) {
+    A* out = tile + r * kTile;
+    widen_row(out, x + r * pitch, columns);
+    if (mask)
+      for (int64_t c = 0; c < columns; ++c) out[c] *= mask[r * kTile + c];
+    for (int64_t c = columns; c < wide; ++c) out[c] = 0;
+  }
+  for (int64_t r = rows; r < high; ++r)
+    for (int64_t c = 0; c < wide; ++c) tile[r * kTile + c] = 0;
+}
+
+// The next tile's cache lines, asked for in `parts` portions between the products of this one: asked for together they would
+// wait for each other, and the hardware does not follow 48 short rows.
+template <typename X>
+struct Ahead {
+  const X* start;
+  int64_t pitch, rows, columns;
+  inline void fetch(int64_t part, int64_t parts) const {
+    for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; ++r)
+      for (int64_t c = 0; c < columns; c += 64 / int64_t(sizeof(X))) __builtin_prefetch(start + r * pitch + c);
+  }
+};
+
+// The tile after the one at (row, column): the next columns, or the start of the next rows.
+template <typename X>
+Ahead<X> tile_after(const X* x, int64_t pitch, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t step) {
+  if (column + kTile < columns)
+    return {x + row * pitch + column + kTile, pitch, smaller(step, rows - row), smaller(kTile, columns - column - kTile)};
+  if (row + step < rows) return {x + (row + step) * pitch, pitch, smaller(step, rows - row - step), smaller(kTile, columns)};
+  return {x, pitch, 0, 0};
+}
+
+// (rows, columns) F with the given strides -> rows of `width` numbers A, zero-filled
+template <typename F, typename A>
+void pack_rows(A* out, const F* in, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, int64_t width) {
+  if (row_stride == 1) {  // transposed: read along the rows of `in`
+    for (int64_t begin = 0; begin < rows; begin += kTile) {
+      const int64_t end = smaller(begin + kTile, rows);
+      for (int64_t c = 0; c < columns; ++c) {
+        A line[kTile];
+        widen_row(line, in + begin + c * column_stride, end - begin);
+        for (int64_t r = begin; r < end; ++r) out[r * width + c] = line[r - begin];
+      }
+    }
+    for (int64_t c = columns; c < width; ++c)
+      for (int64_t r = 0; r < rows; ++r) out[r * width + c] = 0;
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    widen_row(out + r * width, in + r * row_stride, columns);
+    for (int64_t c = columns; c < width; ++c) out[r * width + c] = 0;
+  }
+}
+
+// (rows, columns) F -> panels [columns / P][rows][P] for expand(), zero-filled
+template <typename F, typename A>
+void pack_panels(A* out, const F* in, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  constexpr int64_t P = kPanel<A>;
+  for (int64_t begin = 0; begin < columns; begin += P) {
+    const int64_t live = smaller(P, columns - begin);
+    A* panel = out + begin * rows;
+    if (column_stride == 1) {
+      for (int64_t r = 0; r < rows; ++r) {
+        widen_row(panel + r * P, in + r * row_stride + begin, live);
+        for (int64_t c = live; c < P; ++c) panel[r * P + c] = 0;
+      }
+    } else {  // L^T: read along the rows of L
+      A line[kMaxRank];
+      for (int64_t c = 0; c < P; ++c) {
+        if (c < live) widen_row(line, in + (begin + c) * column_stride, rows);
+        for (int64_t r = 0; r < rows; ++r) panel[r * P + c] = c < live ? line[r] : A(0);
+      }
+    }
+  }
+}
+
+template <typename A>
+void transpose_block(A* out, const A* in, int64_t rows, int64_t width) {  // (rows, width) -> (width, kRows)
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < width; ++c) out[c * kRows<A> + r] = in[r * width + c];
+}
+
+// (rows, K) of z, without padding, -> rows of `width` numbers
+template <typename A>
+void read_z(A* out, const A* z, int64_t rows, int64_t rank, int64_t width) {
+  for (int64_t r = 0; r < round_up(rows, kGroup); ++r)
+    for (int64_t c = 0; c < width; ++c) out[r * width + c] = r < rows && c < rank ? z[r * rank + c] : A(0);
+}
+template <typename A>
+void write_z(A* z, const A* block, int64_t rows, int64_t rank, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(z + r * rank, block + r * width, sizeof(A) * size_t(rank));
+}
+
+// out[r][columns] = (init + sum_p z[p][r] panels[p][:]) * mask, columns of one tile starting at a panel boundary
+template <typename X, typename A>
+void expand(X* out, int64_t pitch, int64_t rows, int64_t columns, const A* z, int64_t rank, const A* panels, const A* init,
+            const A* mask) {
+  typedef typename Vector<A>::type V;
+  constexpr int L = kLanes<A>;
+  constexpr int MR = kBlock<2>;
+  for (int64_t i = 0; i < rows; i += MR) {
+    const int64_t high = smaller(MR, rows - i);
+    for (int64_t begin = 0; begin < columns; begin += kPanel<A>) {
+      const int64_t live = smaller(kPanel<A>, columns - begin);
+      const V first = init ? load<V>(init + begin) : V{}, second = init ? load<V>(init + begin + L) : V{};
+      V acc[MR][2];
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r) acc[r][0] = first, acc[r][1] = second;
+      multiply<A, MR, 2, 1>(z + i, kRows<A>, rank, panels + begin * rank, kPanel<A>, acc);
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r) {
+        if (r >= high) break;
+        if (mask) {
+          acc[r][0] *= load<V>(mask + (i + r) * kTile + begin);
+          acc[r][1] *= load<V>(mask + (i + r) * kTile + begin + L);
+        }
+        X* line = out + (i + r) * pitch + begin;
+        if (live == kPanel<A>) {
+          narrow(line, acc[r][0]);
+          narrow(line + L, acc[r][1]);
+        } else {
+          A rest[kPanel<A>];
+          store(rest, acc[r][0]);
+          store(rest + L, acc[r][1]);
+          for (int64_t c = 0; c < live; ++c) narrow_one(line + c, rest[c]);
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------- the core
+
+// Carves aligned pieces out of the workspace; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used;
+  template <typename A>
+  A* take(int64_t count) {
+    A* piece = base ? reinterpret_cast<A*>(base + used) : nullptr;
+    used += round_up(count * int64_t(sizeof(A)), kAlign);
+    return piece;
+  }
+};
+
+template <typename A>
+struct Core {  // (K, K) matrices as rows of `width`, padded to a multiple of 12 rows
+  int64_t rank, width, size;
+  A* layers;    // (L, ...)
+  A* prefixes;  // (L, ...): prefixes[l] = core[l] ... core[0]
+  A* scratch;   // (3, ...)
+  A* product() const { return prefixes; }
+  A* at(A* matrices, int64_t index) const { return matrices + index * size; }
+};
+
+template <typename A>
+Core<A> take_core(Arena& arena, const ThreeFactor& p, int64_t width) {
+  Core<A> core;
+  core.rank = p.rank;
+  core.width = width;
+  core.size = (round_up(p.rank, kGroup) + 1) * width;  // a row more: blocks of 12 read past the end
+  core.layers = p.depth ? arena.take<A>(p.depth * core.size) : nullptr;
+  core.prefixes = p.depth ? arena.take<A>(p.depth * core.size) : nullptr;
+  core.scratch = p.depth ? arena.take<A>(3 * core.size) : nullptr;
+  return core;
+}
+
+template <typename A>
+void transpose_core(const Core<A>& core, A* out, const A* in) {
+  for (int64_t c = 0; c < core.rank; ++c)
+    for (int64_t r = 0; r < core.width; ++r) out[c * core.width + r] = r < core.rank ? in[r * core.width + c] : A(0);
+}
+
+// out = a b; `turned` holds a^T
+template <typename A>
+void core_times(const Core<A>& core, A* out, const A* turned, const A* b) {
+  product<A, 1>(out, core.rank, core.width, turned, core.width, core.rank, b, false);
+}
+
+template <typename F, typename A>
+void make_core(const Core<A>& core, const ThreeFactor& p) {
+  const int64_t kk = core.rank * core.rank;
+  for (int64_t l = 0; l < p.depth; ++l) {
+    A* layer = core.at(core.layers, l);
+    A* prefix = core.at(core.prefixes, l);
+    pack_rows(layer, static_cast<const F*>(p.core) + l * kk, core.rank, core.rank, core.rank, 1, core.width);
+    if (l == 0) {
+      __builtin_memcpy(prefix, layer, sizeof(A) * size_t(core.rank * core.width));
+      continue;
+    }
+    transpose_core(core, core.scratch, layer);
+    core_times(core, prefix, core.scratch, core.at(core.prefixes, l - 1));
+  }
+}
+
+// dcore[l] = (C_L ... C_{l+1})^T dC (C_{l-1} ... C_1)^T; `grad` is dC and is overwritten
+template <typename F, typename A>
+void core_gradients(const Core<A>& core, const ThreeFactor& p, A* grad, F* out) {
+  A *turned = core.scratch, *other = core.at(core.scratch, 1), *result = core.at(core.scratch, 2);
+  for (int64_t l = p.depth - 1; l >= 0; --l) {
+    const A* found = grad;
+    if (l > 0) {
+      transpose_core(core, turned, grad);
+      transpose_core(core, other, core.at(core.prefixes, l - 1));
+      core_times(core, result, turned, other);
+      found = result;
+    }
+    for (int64_t r = 0; r < core.rank; ++r)
+      for (int64_t c = 0; c < core.rank; ++c) narrow_one(out + (l * core.rank + r) * core.rank + c, found[r * core.width + c]);
+    if (l > 0) {
+      core_times(core, other, core.at(core.layers, l), grad);  // core[l] is (core[l]^T)^T
+      __builtin_memcpy(grad, other, sizeof(A) * size_t(core.rank * core.width));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------- forward
+
+template <typename A>
+struct ForwardSpace {
+  int64_t width;
+  A *right, *left, *bias, *turned;
+  Core<A> core;
+};
+
+template <typename A>
+ForwardSpace<A> forward_space(Arena& arena, const ThreeFactor& p) {
+  ForwardSpace<A> s;
+  s.width = round_up(p.rank, kLanes<A>);
+  s.core = take_core<A>(arena, p, s.width);
+  s.turned = p.depth ? arena.take<A>(s.core.size) : nullptr;              // C^T
+  s.right = arena.take<A>(round_up(p.in_features, kLanes<A>) * s.width);  // R^T; or the few rows of x
+  s.left = arena.take<A>(round_up(p.out_features, kTile) * p.rank);       // L^T in panels
+  s.bias = arena.take<A>(round_up(p.out_features, kTile));
+  return s;
+}
+
+template <typename X, typename A>
+void forward_rows(const ThreeFactorForward& p, const ForwardSpace<A>& s, int64_t begin, int64_t end, A keep) {
+  alignas(kAlign) A tile[kRows<A> * kTile];
+  alignas(kAlign) A mask[kRows<A> * kTile];
+  alignas(kAlign) A z1[kRows<A> * kMaxRank], z2[kRows<A> * kMaxRank], turned[kRows<A> * kMaxRank];
+  const int64_t rows = end - begin, width = s.width;
+  const X* x = static_cast<const X*>(p.x) + begin * p.x_stride;
+  for (int64_t c = 0; c < p.in_features; c += kTile) {
+    const int64_t columns = smaller(kTile, p.in_features - c);
+    if (p.drop_threshold)
+      for (int64_t r = 0; r < rows; ++r) mask_row(mask + r * kTile, p, keep, begin + r, c, columns);
+    read_tile(tile, x + c, p.x_stride, rows, columns, p.drop_threshold ? mask : nullptr);
+    const Ahead<X> ahead = tile_after(static_cast<const X*>(p.x), p.x_stride, begin, c, p.tokens, p.in_features, rows);
+    for (int64_t i = 0; i < rows; i += kGroup) {
+      ahead.fetch(i / kGroup, (rows + kGroup - 1) / kGroup);
+      product<A, kTile>(z1 + i * width, kGroup, width, tile + i * kTile, 1, columns, s.right + c * width, c > 0);
+    }
+  }
+  if (p.in_features == 0)
+    for (int64_t i = 0; i < round_up(rows, kGroup) * width; ++i) z1[i] = 0;
+  A* const saved = static_cast<A*>(p.z);
+  write_z(saved + begin * p.rank, z1, rows, p.rank, width);
+  if (p.depth) {
+    transpose_block(turned, z1, round_up(rows, kGroup), width);
+    product<A, 1>(z2, rows, width, turned, kRows<A>, p.rank, s.turned, false);
+  }
+  A* const scaled = p.depth ? z2 : z1;
+  for (int64_t i = 0; i < round_up(rows, kGroup) * width; ++i) scaled[i] *= A(p.scale);
+  write_z(saved + (p.tokens + begin) * p.rank, scaled, rows, p.rank, width);
+  transpose_block(turned, scaled, round_up(rows, kGroup), width);
+  X* y = static_cast<X*>(p.y) + begin * p.out_features;
+  for (int64_t c = 0; c < p.out_features; c += kTile)
+    expand<X, A>(y + c, p.out_features, rows, smaller(kTile, p.out_features - c), turned, p.rank, s.left + c * p.rank,
+                 p.bias ? s.bias + c : nullptr, nullptr);
+}
+
+// Few rows, as in decoding: R and L are read once, in their own layouts, each element for all rows; packing them would take
+// longer than the products. `x` is (tokens, wide), widened and dropped, zero-filled.
+template <typename F, typename A>
+void few_z1(const ThreeFactorForward& p, const A* x, int64_t wide, int64_t j) {
+  typedef typename Vector<A>::type V;
+  constexpr int64_t kChunk = 512;
+  alignas(kAlign) A rows[4][kChunk];
+  const int64_t n = p.in_features, k = p.rank, live = smaller(4, k - j);
+  A sums[kLanes<A>][4] = {};
+  for (int64_t c = 0; c < n; c += kChunk) {
+    const int64_t columns = smaller(kChunk, n - c), padded = round_up(columns, kLanes<A>);
+    for (int64_t i = 0; i < 4; ++i) {
+      widen_row(rows[i], static_cast<const F*>(p.right) + (j + smaller(i, live - 1)) * n + c, columns);
+      for (int64_t e = columns; e < padded; ++e) rows[i][e] = 0;
+    }
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      V s0{}, s1{}, s2{}, s3{};
+      for (int64_t e = 0; e < padded; e += kLanes<A>) {
+        const V v = load<V>(x + t * wide + c + e);
+        s0 += v * load<V>(rows[0] + e);
+        s1 += v * load<V>(rows[1] + e);
+        s2 += v * load<V>(rows[2] + e);
+        s3 += v * load<V>(rows[3] + e);
+      }
+      const auto four = sum4(s0, s1, s2, s3);
+      for (int i = 0; i < 4; ++i) sums[t][i] += four[i];
+    }
+  }
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t i = 0; i < live; ++i) static_cast<A*>(p.z)[t * k + j + i] = sums[t][i];
+}
+
+// z is (tokens, width), zero-filled
+template <typename X, typename F, typename A>
+void few_outputs(const ThreeFactorForward& p, const A* z, int64_t width, int64_t begin, int64_t end) {
+  typedef typename Vector<A>::type V;
+  alignas(kAlign) A rows[4][kMaxRank];
+  const int64_t k = p.rank;
+  for (int64_t m = begin; m < end; m += 4) {
+    const int64_t live = smaller(4, end - m);
+    for (int64_t i = 0; i < 4; ++i) {
+      widen_row(rows[i], static_cast<const F*>(p.left) + (m + smaller(i, live - 1)) * k, k);
+      for (int64_t e = k; e < width; ++e) rows[i][e] = 0;
+    }
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      V s0{}, s1{}, s2{}, s3{};
+      for (int64_t e = 0; e < width; e += kLanes<A>) {
+        const V v = load<V>(z + t * width + e);
+        s0 += v * load<V>(rows[0] + e);
+        s1 += v * load<V>(rows[1] + e);
+        s2 += v * load<V>(rows[2] + e);
+        s3 += v * load<V>(rows[3] + e);
+      }
+      const auto four = sum4(s0, s1, s2, s3);
+      for (int64_t i = 0; i < live; ++i) {
+        const A bias = p.bias ? A(widen_one(static_cast<const X*>(p.bias)[m + i])) : A(0);
+        narrow_one(static_cast<X*>(p.y) + t * p.out_features + m + i, A(four[i]) + bias);
+      }
+    }
+  }
+}
+
+template <typename X, typename F, typename A>
+void forward_few(const ThreeFactorForward& p, const ForwardSpace<A>& s, A keep, int threads) {
+  const int64_t n = p.in_features, m = p.out_features, k = p.rank, wide = round_up(n, kLanes<A>), rows = p.tokens;
+  alignas(kAlign) A z[kLanes<A> * kMaxRank] = {};
+  A* const x = s.right;
+  for (int64_t t = 0; t < rows; ++t) {
+    widen_row(x + t * wide, static_cast<const X*>(p.x) + t * p.x_stride, n);
+    for (int64_t c = 0; p.drop_threshold && c < n; c += kTile) {
+      A mask[kTile];
+      const int64_t columns = smaller(kTile, n - c);
+      mask_row(mask, p, keep, t, c, columns);
+      for (int64_t e = 0; e < columns; ++e) x[t * wide + c + e] *= mask[e];
+    }
+    for (int64_t c = n; c < wide; ++c) x[t * wide + c] = 0;
+  }
+  const bool worth = threads > 1 && rows * k * (n + m) > 100000;
+#pragma omp parallel num_threads(threads) if (worth)
+  {
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < k; j += 4) few_z1<F>(p, x, wide, j);
+#pragma omp single
+    for (int64_t t = 0; t < rows; ++t) {
+      const A* z1 = static_cast<const A*>(p.z) + t * k;
+      A* z2 = z + t * s.width;
+      for (int64_t i = 0; i < k; ++i) {
+        if (p.depth)
+          for (int64_t j = 0; j < k; ++j) z2[j] += z1[i] * s.turned[i * s.width + j];
+        else
+          z2[i] = z1[i];
+      }
+      for (int64_t j = 0; j < k; ++j) static_cast<A*>(p.z)[(rows + t) * k + j] = z2[j] *= A(p.scale);
+    }
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < m; c += kTile) few_outputs<X, F>(p, z, s.width, c, smaller(c + kTile, m));
+  }
+}
+
+template <typename X, typename F, typename A>
+void forward(const ThreeFactorForward& p, void* workspace, int threads) {
+  Arena arena{static_cast<char*>(workspace), 0};
+  const ForwardSpace<A> s = forward_space<A>(arena, p);
+  const int64_t n = p.in_features, m = p.out_features, k = p.rank;
+  if (p.depth) {
+    make_core<F>(s.core, p);
+    transpose_core(s.core, s.turned, s.core.at(s.core.prefixes, p.depth - 1));
+  }
+  const A keep = p.drop_threshold < 65536 ? A(65536) / A(65536 - p.drop_threshold) : A(0);
+  if (p.tokens <= kLanes<A>) return forward_few<X, F>(p, s, keep, threads);
+  // Rows a unit of work: full tiles, or fewer where that would leave threads without work.
+  int64_t step = kRows<A>;
+  while (step > kGroup && p.tokens < step * threads) step -= kGroup;
+  const int64_t units = (p.tokens + step - 1) / step;
+  const bool worth = threads > 1 && p.tokens * k * (n + m) > 400000;
+#pragma omp parallel num_threads(threads) if (worth)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t c = 0; c < n; c += kTile)
+      pack_rows(s.right + c * s.width, static_cast<const F*>(p.right) + c, smaller(kTile, n - c), k, 1, n, s.width);
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < m; c += kTile) {
+      const int64_t columns = smaller(kTile, m - c);
+      pack_panels(s.left + c * k, static_cast<const F*>(p.left) + c * k, k, columns, 1, k);
+      if (p.bias) {
+        widen_row(s.bias + c, static_cast<const X*>(p.bias) + c, columns);
+        for (int64_t i = columns; i < kTile; ++i) s.bias[c + i] = 0;
+      }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < units; ++unit)
+      forward_rows<X, A>(p, s, unit * step, smaller((unit + 1) * step, p.tokens), keep);
+  }
+}
+
+// ---------------------------------------------------------------------- backward
+
+template <typename A>
+struct BackwardSpace {
+  int64_t width, slices, slice_rows;
+  A *left, *right;            // (M, width), and R in panels
+  A *dleft, *dright, *dcore;  // (slices, M, width), (slices, N, width), (slices, core.size)
+  int64_t left_size, right_size;
+  Core<A> core;
+};
+
+template <typename A>
+BackwardSpace<A> backward_space(Arena& arena, const ThreeFactor& p) {
+  BackwardSpace<A> s;
+  s.width = round_up(p.rank, kLanes<A>);
+  // Slices cost their partial sums, (M + N) K numbers each, beside rows of M + N numbers.
+  s.slices = smaller(kMaxSlices, smaller(p.tokens / 32, p.tokens / (4 * p.rank)));
+  if (s.slices < 1) s.slices = 1;
+  s.slice_rows = round_up((p.tokens + s.slices - 1) / s.slices, kGroup);
+  s.core = take_core<A>(arena, p, s.width);
+  s.left_size = round_up(p.out_features, kGroup) * s.width;
+  s.right_size = round_up(p.in_features, kGroup) * s.width;
+  s.left = arena.take<A>(s.left_size);
+  s.right = arena.take<A>(round_up(p.in_features, kTile) * p.rank);
+  s.dleft = arena.take<A>(s.slices * s.left_size);
+  s.dright = arena.take<A>(s.slices * s.right_size);
+  s.dcore = arena.take<A>(s.slices * ((round_up(p.rank, kGroup) + 1) * s.width));
+  return s;
+}
+
+template <typename X, typename A>
+void backward_slice(const ThreeFactorBackward& p, const BackwardSpace<A>& s, int64_t slice, A keep) {
+  alignas(kAlign) A tile[kRows<A> * kTile];
+  alignas(kAlign) A mask[kRows<A> * kTile];
+  alignas(kAlign) A z[kRows<A> * kMaxRank + kGroup], g2[kRows<A> * kMaxRank + kGroup], g1[kRows<A> * kMaxRank + kGroup];
+  alignas(kAlign) A turned[kRows<A> * kMaxRank];
+  const int64_t n = p.in_features, m = p.out_features, k = p.rank, width = s.width;
+  const bool want_core = p.dcore && p.depth;
+  const bool want_g2 = p.dx || p.dright || want_core, want_g1 = p.dx || p.dright;
+  A* const dleft = s.dleft + slice * s.left_size;
+  A* const dright = s.dright + slice * s.right_size;
+  A* const dcore = s.dcore + slice * (round_up(k, kGroup) + 1) * width;
+  const A* const z1 = static_cast<const A*>(p.z);
+  const A* const z2 = z1 + p.tokens * k;
+  const int64_t first = slice * s.slice_rows, last = smaller(first + s.slice_rows, p.tokens);
+  if (first >= last) {  // no rows: nothing but zeros
+    for (int64_t i = 0; p.dleft && i < s.left_size; ++i) dleft[i] = 0;
+    for (int64_t i = 0; p.dright && i < s.right_size; ++i) dright[i] = 0;
+    for (int64_t i = 0; want_core && i < (round_up(k, kGroup) + 1) * width; ++i) dcore[i] = 0;
+  }
+  for (int64_t begin = first; begin < last; begin += kRows<A>) {
+    const int64_t rows = smaller(kRows<A>, last - begin), padded = round_up(rows, kGroup);
+    const bool add = begin > first;
+    if (p.dleft) read_z(z, z2 + begin * k, rows, k, width);
+    for (int64_t c = 0; c < m; c += kTile) {
+      const int64_t columns = smaller(kTile, m - c);
+      read_tile<X, A>(tile, static_cast<const X*>(p.dy) + begin * p.dy_stride + c, p.dy_stride, rows, columns, nullptr);
+      const Ahead<X> ahead = tile_after(static_cast<const X*>(p.dy), p.dy_stride, begin, c, last, m, kRows<A>);
+      for (int64_t i = 0; i < rows; i += kGroup) {
+        ahead.fetch(i / kGroup, (rows + kGroup - 1) / kGroup);
+        if (want_g2) product<A, kTile>(g2 + i * width, kGroup, width, tile + i * kTile, 1, columns, s.left + c * width, c > 0);
+      }
+      if (p.dleft) product<A, 1>(dleft + c * width, columns, width, tile, kTile, rows, z, add);
+    }
+    if (m == 0)
+      for (int64_t i = 0; i < padded * width; ++i) g2[i] = 0;
+    if (!want_g2) continue;
+    if (want_core) {
+      read_z(z, z1 + begin * k, rows, k, width);
+      product<A, 1>(dcore, k, width, g2, width, rows, z, add);
+    }
+    if (!want_g1) continue;
+    if (p.depth) {
+      transpose_block(turned, g2, padded, width);
+      product<A, 1>(g1, rows, width, turned, kRows<A>, k, s.core.at(s.core.prefixes, p.depth - 1), false);
+    }
+    A* const scaled = p.depth ? g1 : g2;
+    for (int64_t i = 0; i < padded * width; ++i) scaled[i] *= A(p.scale);
+    if (p.dx) transpose_block(turned, scaled, padded, width);
+    for (int64_t c = 0; c < n; c += kTile) {
+      const int64_t columns = smaller(kTile, n - c);
+      if (p.drop_threshold)
+        for (int64_t r = 0; r < rows; ++r) mask_row(mask + r * kTile, p, keep, begin + r, c, columns);
+      if (p.dright) {
+        read_tile(tile, static_cast<const X*>(p.x) + begin * p.x_stride + c, p.x_stride, rows, columns,
+                  p.drop_threshold ? mask : nullptr);
+        const Ahead<X> ahead = tile_after(static_cast<const X*>(p.x), p.x_stride, begin, c, last, n, kRows<A>);
+        for (int64_t i = 0; i < columns; i += kGroup) {
+          ahead.fetch(i / kGroup, (columns + kGroup - 1) / kGroup);
+          product<A, 1>(dright + (c + i) * width, kGroup, width, tile + i, kTile, rows, scaled, add);
+        }
+      }
+      if (p.dx)
+        expand<X, A>(static_cast<X*>(p.dx) + begin * n + c, n, rows, columns, turned, k, s.right + c * k, nullptr,
+                     p.drop_threshold ? mask : nullptr);
+    }
+  }
+}
+
+template <typename X, typename F, typename A>
+void backward(const ThreeFactorBackward& p, void* workspace, int threads) {
+  Arena arena{static_cast<char*>(workspace), 0};
+  const BackwardSpace<A> s = backward_space<A>(arena, p);
+  const int64_t n = p.in_features, m = p.out_features, k = p.rank, width = s.width;
+  const bool want_core = p.dcore && p.depth;
+  const A keep = p.drop_threshold < 65536 ? A(65536) / A(65536 - p.drop_threshold) : A(0);
+  if (p.depth) make_core<F>(s.core, p);
+  const bool worth = threads > 1 && p.tokens * k * (n + m) > 200000;
+#pragma omp parallel num_threads(threads) if (worth)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t c = 0; c < m; c += kTile)
+      pack_rows(s.left + c * width, static_cast<const F*>(p.left) + c * k, smaller(kTile, m - c), k, k, 1, width);
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < n; c += kTile)
+      pack_panels(s.right + c * k, static_cast<const F*>(p.right) + c, k, smaller(kTile, n - c), n, 1);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t slice = 0; slice < s.slices; ++slice) backward_slice<X, A>(p, s, slice, keep);
+    if (p.dleft) {
+#pragma omp for schedule(static) nowait
+      for (int64_t c = 0; c < m; c += kTile)
+        for (int64_t r = c; r < smaller(c + kTile, m); ++r) {
+          A sum[kMaxRank];
+          for (int64_t j = 0; j < width; ++j) sum[j] = s.dleft[r * width + j];
+          for (int64_t slice = 1; slice < s.slices; ++slice)
+            for (int64_t j = 0; j < width; ++j) sum[j] += s.dleft[slice * s.left_size + r * width + j];
+          for (int64_t j = 0; j < k; ++j) narrow_one(static_cast<F*>(p.dleft) + r * k + j, sum[j]);
+        }
+    }
+    if (p.dright) {
+#pragma omp for schedule(static) nowait
+      for (int64_t c = 0; c < n; c += kTile) {
+        const int64_t end = smaller(c + kTile, n);
+        for (int64_t slice = 1; slice < s.slices; ++slice)
+          for (int64_t i = c * width; i < end * width; ++i) s.dright[i] += s.dright[slice * s.right_size + i];
+        for (int64_t j = 0; j < k; ++j)
+          for (int64_t r = c; r < end; ++r) narrow_one(static_cast<F*>(p.dright) + j * n + r, s.dright[r * width + j]);
+      }
+    }
+  }
+  if (!want_core) return;
+  for (int64_t slice = 1; slice < s.slices; ++slice)
+    for (int64_t i = 0; i < k * width; ++i) s.dcore[i] += s.dcore[slice * (round_up(k, kGroup) + 1) * width + i];
+  for (int64_t i = 0; i < k * width; ++i) s.dcore[i] *= A(p.scale);
+  core_gradients(s.core, p, s.dcore, static_cast<F*>(p.dcore));
+}
+
+// ---------------------------------------------------------------------- types
+
+template <typename Parameters, typename Run>
+void for_types(const Parameters& p, Run run) {
+  const bool same = p.factor_type == p.type;
+  switch (p.type) {
+    case DType::float32: run(float{}, float{}, float{}); break;
+    case DType::float64: run(double{}, double{}, double{}); break;
+    case DType::bfloat16: same ? run(Bfloat16{}, Bfloat16{}, float{}) : run(Bfloat16{}, float{}, float{}); break;
+    case DType::float16: same ? run(Float16{}, Float16{}, float{}) : run(Float16{}, float{}, float{}); break;
+  }
+}
+
+}  // namespace
+
+int64_t LRK_AT_LEVEL(three_factor_workspace)(const ThreeFactor& p, bool backward) {
+  Arena arena{nullptr, 0};
+  if (p.type == DType::float64)
+    backward ? (void)backward_space<double>(arena, p) : (void)forward_space<double>(arena, p);
+  else
+    backward ? (void)backward_space<float>(arena, p) : (void)forward_space<float>(arena, p);
+  return arena.used;
+}
+
+void LRK_AT_LEVEL(three_factor_forward)(const ThreeFactorForward& p, void* workspace, int threads) {
+  for_types(
+      p, [&](auto x, auto factor, auto sum) { forward<decltype(x), decltype(factor), decltype(sum)>(p, workspace, threads); });
+}
+
+void LRK_AT_LEVEL(three_factor_backward)(const ThreeFactorBackward& p, void* workspace, int threads) {
+  for_types(
+      p, [&](auto x, auto factor, auto sum) { backward<decltype(x), decltype(factor), decltype(sum)>(p, workspace, threads); });
+}
+
+}  // namespace lrk
