@@ -315,6 +315,7 @@ def test_a_deleted_adapter_leaves_nothing(method):
     assert not [name for name in layer.state_dict() if name.endswith(".a")]
     x = torch.randn(2, 9)
     assert torch.equal(layer(x), layer.base_layer(x))
+    layer.double().float()
     layer.add_adapter("a", 2)
     layer.set_adapter("a")
     assert layer.adapters["a"].rank == 2

@@ -200,7 +200,7 @@ class AdapterLayer(nn.Module):
         self._refresh()
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its parameters."""
+        """Remove an adapter and its parameters; was it the only active one, then none is active."""
         self._info(name)
         self._refuse_merged("delete_adapter")
         for kind in self.adapter_parameters(name):
