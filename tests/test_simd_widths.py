@@ -1,4 +1,4 @@
-"""The CPU kernel at every vector width, also those this processor has no instructions for (tests/native/)."""
+"""The CPU kernels at every vector width, also those this processor has no instructions for (tests/native/)."""
 
 import shutil
 import subprocess
@@ -8,16 +8,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+FLAGS = ["-std=c++17", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) to build the check with")
 @pytest.mark.parametrize("width", [16, 32, 64])
-def test_completion_pass_at_every_vector_width(width, tmp_path):
+@pytest.mark.parametrize(
+    ("stem", "wanted"),
+    [("completion", "160 passed, 0 failed"), ("three_factor", "260 passed, 0 failed, 0 conversions wrong")],
+)
+def test_kernel_at_every_vector_width(stem: str, wanted: str, width: int, tmp_path: Path) -> None:
     binary = tmp_path / "widths"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi", "-Wall", "-Wextra", "-Werror"]
     levels = ["-DLRK_SIMD_LEVEL=checked", f"-DLRK_VECTOR_BYTES={width}"]
-    source = ROOT / "tests" / "native" / "completion_widths.cpp"
-    subprocess.run([COMPILER, *flags, *levels, str(source), "-o", str(binary)], check=True)
+    source = ROOT / "tests" / "native" / f"{stem}_widths.cpp"
+    # The blocks of the three-factor kernel read past what they use: the sanitizer sees whether past the end of their memory.
+    checks = ["-O1", *SANITIZERS] if stem == "three_factor" and width == 64 else ["-O2" if stem == "completion" else "-O1"]
+    subprocess.run([str(COMPILER), *FLAGS, *checks, *levels, str(source), "-o", str(binary)], check=True)
     done = subprocess.run([str(binary)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{width}-byte vectors: 160 passed, 0 failed" in done.stdout
+    assert f"{width}-byte vectors: {wanted}" in done.stdout

@@ -188,8 +188,12 @@ torch.library.register_fake("lowrank_kernels::_three_factor_forward", _fake_forw
 torch.library.register_fake("lowrank_kernels::_three_factor_backward", _fake_backward, lib=library)
 
 
+def _autocast_enabled(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _autocast_enabled(device_type) else nullcontext()
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -409,7 +413,7 @@ def three_factor_linear(
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4; without a core Hu et al., arXiv:2106.09685.
     """
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
+    if _autocast_enabled(device_type):
         x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
         if left.dtype not in FACTOR_TYPES.get(x.dtype, (left.dtype,)):
             left, core, right = _autocast(left, core, right)  # type: ignore[assignment]
