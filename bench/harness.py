@@ -159,6 +159,7 @@ class Session:
         *,
         oracle: Outputs,  # float64; a contender's outputs are looked up by name
         against: Sequence[str] = (),  # the baseline is the fastest of these; default: of all that are not ours
+        over: str = "",  # rows tell their time over this contender's as the metric "over NAME"
         bars: Sequence[tuple[str, int, Bar]] = (),  # (contender, threads, bar)
         dtype: str = "float32",
         flops: float | None = None,  # useful work and compulsory traffic of one call, the same for every contender
@@ -205,6 +206,8 @@ class Session:
                     **rate,
                     peak_mb=peaks.get(c.name),
                     error=wrong[c.name],
+                    metric=f"over {over}" if over in medians else "",
+                    value=columns["median_ms"] / medians[over] if over in medians else None,
                     baseline=baseline,
                     ratio=candidates[baseline] / columns["median_ms"] if baseline else None,
                     bars=[bar for name, at, bar in bars if name == c.name and at == threads],
@@ -260,16 +263,19 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+RIGHT = {"float64": 1e-12, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+
+
 def judge(got: Outputs, oracle: Outputs, dtype: str, limits: dict[str, float]) -> tuple[float, str]:
     """The largest relative error, and a complaint or "".
 
-    Anyone's relative error may be 1e-4 in float32 and 1e-12 in float64: no contender is refused for its rounding. Where
+    Anyone's relative error may be what RIGHT says of the dtype: no contender is refused for its rounding. Where
     ``limits`` has the largest errors that the rule of lowrank_kernels.testing allows, they hold as well.
     """
     if not got:
         return math.inf, "no output to check"
     worst = 0.0
-    right = 1e-12 if dtype == "float64" else 1e-4
+    right = RIGHT[dtype]
     for name, tensor in got.items():
         relative = relative_error(tensor, oracle[name])
         worst = max(worst, relative)
