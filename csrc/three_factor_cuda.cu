@@ -6,14 +6,14 @@
 //   expand  out[t][d]   = sum_k a[t][k] F[d][k]                            z2 -> y0 (+ bias);  g1 -> dx0 (dropped)
 //   outer   dF[d][k]    = sum_t in[t][d] a[t][k]                           dy, z2 -> dL;  x, g1 -> dR^T;  g2, z1 -> dC / s
 // forward:  prologue (C, row by row; factors to the type and layout of the products), shrink, expand.
-// backward: prologue, shrink, expand, outer (all three, partial sums over ranges of t), reduce; chain (dC -> dcore) if L > 1.
-// What is not wanted is not launched.
+// backward: prologue, shrink, outer (all three, partial sums over ranges of t), reduce, chain (dC -> dcore, if L > 1), expand.
+// With K <= 16 a dy too large for the caches is read once: outer makes dL and each stripe's share of g2, then finish adds these
+// up in place of shrink. With more ranks the shares would cost as much as a second pass. What is not wanted is not launched.
 //
-// bfloat16 and float16 run on the tensor cores: K padded with zeros to 16, 32, ... 256, tiles of x, dy and F streamed through
-// shared memory by asynchronous copies, sums in float32. F, z and g are rounded to the type once, as operands; z is saved, and
-// the gradients of the factors are summed, in float32. One pass over T x D numbers costs a few times K flops a byte, so the
-// passes are bound by memory up to K = 64 or so. float32, float64 and what is no multiple of 8 or not 16-byte aligned take
-// product_kernel, a plain tiled product, with the same structure; nothing is rounded to 16 bits there but the outputs.
+// bfloat16 and float16 run on the tensor cores, sums in float32. F, z and g are rounded to the type once, as operands; z is
+// saved, and gradients of the factors are added up, in float32. Such a pass has some K flops a byte, so the memory bounds it up
+// to K = 64 or so. float32, float64 and what is no multiple of 8 or not 16-byte aligned take product_kernel, a plain tiled
+// product, in the same order; nothing but the outputs is rounded to 16 bits there.
 //
 // Every partial sum has its own slot and slots are added up in order: no atomics, results repeat bit by bit. How T is cut into
 // ranges depends on the sizes alone, not on the GPU.

@@ -21,9 +21,7 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 template <typename T>
 using Sum = std::conditional_t<std::is_same<T, double>::value, double, float>;
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// Dropout
-// ---------------------------------------------------------------------------------------------------------------------------
+// ---- dropout
 
 struct Dropout {
   const int64_t* seed;
@@ -74,9 +72,7 @@ __device__ __forceinline__ uint32_t kept_bits(uint64_t seed, uint32_t threshold,
   return mask;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// Prologue: C and the factors, in the type and layout of the products
-// ---------------------------------------------------------------------------------------------------------------------------
+// ---- prologue: C and the factors, in the type and layout of the products
 
 constexpr int kThreads = 256;
 
@@ -156,9 +152,7 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Prologue<F, To
     p.matrix[p.transposed ? k * p.width + i : i * p.width + k] = static_cast<To>(i < p.rank && k < p.rank ? row[k] : S(0));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// Tensor cores
-// ---------------------------------------------------------------------------------------------------------------------------
+// ---- tensor cores
 
 // Where 16-byte chunk `chunk` of row `row` lies in a tile of kWidth 16-bit numbers a row, in bytes. Chunks change places so
 // that the eight rows of an 8 x 8 matrix lie in different banks.
@@ -189,9 +183,9 @@ __device__ __forceinline__ void drop_tile(unsigned char* tile, uint64_t seed, ui
   }
 }
 
-// The 16 x 16 numbers at (row, 8 chunk) of a tile as matrices top left, bottom left, top right, bottom right, each transposed
-// or not: fragment a of mma, or (0, 2) and (1, 3) two fragments b of its transpose.
-// Transposed: (0, 1) and (2, 3) two fragments b, or 0, 2, 1, 3 fragment a of its transpose.
+// The 16 x 16 numbers X at (row, 8 chunk) of a tile as four matrices: top left, bottom left, top right, bottom right. To mma,
+// r is a = X, and (r0, r2), (r1, r3) are b = the halves of X^T. With kTranspose (r0, r1), (r2, r3) are b = the halves of X, and
+// (r0, r2, r1, r3) is a = X^T.
 template <int kWidth, bool kTranspose>
 __device__ __forceinline__ void load_fragment(uint32_t (&r)[4], const unsigned char* tile, int row, int chunk, int lane) {
   load_matrices<kTranspose>(r, tile + place<kWidth>(row + lane % 16, chunk + lane / 16));
@@ -563,9 +557,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Shrink<T> p, con
   if (i < size) p.second[i] = static_cast<T>(p.second_scale * sum);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// Any type, shape and alignment
-// ---------------------------------------------------------------------------------------------------------------------------
+// ---- any type, shape and alignment
 
 // Row-major, or transposed in memory.
 template <typename T>
@@ -675,9 +667,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Product<TA, 
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------
-// Gradients of the factors from partial sums
-// ---------------------------------------------------------------------------------------------------------------------------
+// ---- gradients of the factors from partial sums
 
 template <typename S, typename F>
 struct ReduceJob {
