@@ -216,13 +216,14 @@ struct ShrinkShape {
   static constexpr int kRows = 16 * kRowGroups;
   static constexpr int kColumns = 64 * kHalves;  // of `in`, a stage
   static constexpr int kThreads = 32 * kRowGroups * kHalves * kRankGroups;
+  static constexpr int kBlocks = 512 / kThreads;  // an SM: 128 registers a thread; left to itself, ptxas spills at 96
   static constexpr int kStageBytes = 2 * kColumns * (kRows + kRank);
   static constexpr int kStages = kRank == 64 ? 6 : kRank <= 128 ? 4 : 2;  // 48, 64, 96, 96 and 80 KiB; sm_86 allows 99
   static_assert(kHalves == 1 || 64 * kRank <= kStageBytes, "the sums of half the warps fit");
 };
 
 template <typename T, int kRank>
-__global__ void __launch_bounds__(ShrinkShape<kRank>::kThreads) shrink_kernel(const Shrink<T> p) {
+__global__ void __launch_bounds__(ShrinkShape<kRank>::kThreads, ShrinkShape<kRank>::kBlocks) shrink_kernel(const Shrink<T> p) {
   typedef ShrinkShape<kRank> Shape;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kStages = Shape::kStages, kWarpRank = Shape::kWarpRank;
   LRK_DYN_SMEM(unsigned char, shared);
@@ -632,6 +633,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Product<TA, 
       tile_b[q * kPitchB + c] = term < end && j < p.columns ? p.b.data[p.b.at(term, j)] : S(0);
     }
     __syncthreads();
+    S tile_sum[kMine][kMyColumns] = {};  // apart, as errors grow with the number of terms that are added one by one
 #pragma unroll
     for (int q = 0; q < kTerms; ++q) {
       S b[kMyColumns];
@@ -641,9 +643,12 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Product<TA, 
       for (int r = 0; r < kMine; ++r) {
         const S a = tile_a[q * kPitchA + row + r];
 #pragma unroll
-        for (int c = 0; c < kMyColumns; ++c) sum[r][c] += a * b[c];
+        for (int c = 0; c < kMyColumns; ++c) tile_sum[r][c] += a * b[c];
       }
     }
+#pragma unroll
+    for (int i = 0; i < kMine * kMyColumns; ++i)
+      sum[i / kMyColumns][i % kMyColumns] += tile_sum[i / kMyColumns][i % kMyColumns];
     __syncthreads();
   }
 
