@@ -220,12 +220,16 @@ void three_factor_cpu(const Parameters& p, bool backward, int threads) {
 
 #if LRK_WITH_CUDA
 
-template <typename Parameters, typename Run>
-void three_factor_cuda(const Parameters& p, int device, Run run) {
+// Queues `run` on `stream` of GPU `device`.
+template <typename Parameters>
+void three_factor_cuda(const Parameters& p, bool backward, std::uintptr_t workspace, int device, std::uintptr_t stream,
+                       void (*run)(const Parameters&, void*, void*)) {
+  void* const scratch =
+      pointer<void>(workspace, lrk::three_factor_cuda_workspace(p, backward), "three_factor_linear: workspace");
   py::gil_scoped_release release;
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess)
     throw std::runtime_error(std::string("three_factor_linear: cudaSetDevice failed: ") + cudaGetErrorString(error));
-  run(p);
+  run(p, scratch, reinterpret_cast<void*>(stream));
 }
 
 #endif
@@ -307,6 +311,19 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("cuda_info", &cuda_info);
 #if LRK_WITH_CUDA
+  m.def("three_factor_cuda_workspace", [](const ThreeFactorArguments& a, bool backward) {
+    return lrk::three_factor_cuda_workspace(three_factor<lrk::ThreeFactorForward>(a), backward);
+  });
+  m.def("three_factor_forward_cuda", [](const ThreeFactorArguments& a, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t z,
+                                        std::uintptr_t workspace, int device, std::uintptr_t stream) {
+    three_factor_cuda(three_factor_forward(a, bias, y, z), false, workspace, device, stream, &lrk::three_factor_forward_cuda);
+  });
+  m.def("three_factor_backward_cuda", [](const ThreeFactorArguments& a, std::uintptr_t dy, int64_t dy_stride, std::uintptr_t z,
+                                         std::uintptr_t dx, std::uintptr_t dleft, std::uintptr_t dcore, std::uintptr_t dright,
+                                         std::uintptr_t workspace, int device, std::uintptr_t stream) {
+    three_factor_cuda(three_factor_backward(a, dy, dy_stride, z, dx, dleft, dcore, dright), true, workspace, device, stream,
+                      &lrk::three_factor_backward_cuda);
+  });
   m.def("completion_cuda_workspace", &completion_cuda_workspace);
   m.def("completion_cuda", &completion_cuda);
 #endif

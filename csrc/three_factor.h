@@ -5,7 +5,8 @@
 //             dL = dy^T z2,      dR = g1^T drop(x),      dC = s g2^T z1,  dcore[l] by the chain rule
 //
 // The caller then adds the base in place, beta = 1: y = y0 + x W^T and dx = dx0 + dy W, so no further pass over T x M or
-// T x N numbers exists. x and dy are read once, sums are float32 (float64 for float64), every output is rounded once.
+// T x N numbers exists. The CPU reads x and dy once each way (CUDA: see its file), sums are float32 (float64 for float64),
+// every output is rounded once.
 //
 // drop(x) keeps x[t][n] / (1 - p) where its 16 random bits are >= drop_threshold = round(65536 p), else 0. Philox4x32-10 with
 // key (seed_lo, seed_hi) and counter (n / 8, t_lo, t_hi, 0) gives the bits of eight neighbours: half n % 8 of its four words,

@@ -156,7 +156,7 @@ MAX_RANK = 0 if _C is None else int(_C.max_rank)
 
 def three_factor_serves(x: Tensor, left: Tensor) -> bool:
     """True where the native kernels take the three-factor op, False where the chain of matrix products is as fast."""
-    return left.shape[1] <= MAX_RANK and x.device.type == "cpu" and serves(x.device)
+    return left.shape[1] <= MAX_RANK and serves(x.device)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -202,7 +202,11 @@ def three_factor_forward(
     y = x.new_empty(x.shape[0], left.shape[0])
     z = x.new_empty(2, x.shape[0], left.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     arguments = _three_factor_arguments(x, left, core, right, scale, threshold, seed)
-    _C.three_factor_forward_cpu(arguments, _pointer(bias), y.data_ptr(), z.data_ptr(), torch.get_num_threads())
+    pointers = (_pointer(bias), y.data_ptr(), z.data_ptr())
+    if x.device.type == "cuda":
+        _three_factor_cuda(_C.three_factor_forward_cuda, x, arguments, False, *pointers)
+    else:
+        _C.three_factor_forward_cpu(arguments, *pointers, torch.get_num_threads())
     return y, z
 
 
@@ -226,6 +230,17 @@ def three_factor_backward(
     dcore = torch.empty_like(core) if wanted[2] and core is not None else left.new_empty(0)
     dright = torch.empty_like(right) if wanted[3] else left.new_empty(0)
     arguments = _three_factor_arguments(x, left, core, right, scale, threshold, seed)
-    pointers = (z.data_ptr(), dx.data_ptr(), dleft.data_ptr(), dcore.data_ptr(), dright.data_ptr())
-    _C.three_factor_backward_cpu(arguments, dy.data_ptr(), dy.stride(0), *pointers, torch.get_num_threads())
+    pointers = (dy.data_ptr(), dy.stride(0), *(t.data_ptr() for t in (z, dx, dleft, dcore, dright)))
+    if x.device.type == "cuda":
+        _three_factor_cuda(_C.three_factor_backward_cuda, x, arguments, True, *pointers)
+    else:
+        _C.three_factor_backward_cpu(arguments, *pointers, torch.get_num_threads())
     return dx, dleft, dcore, dright
+
+
+def _three_factor_cuda(run: Any, x: Tensor, arguments: Any, backward: bool, *pointers: int) -> None:
+    """Queue one direction on x's device; workspace from torch's allocator, on the stream that uses it."""
+    workspace = x.new_empty(_C.three_factor_cuda_workspace(arguments, backward), dtype=torch.uint8)
+    device = x.device.index
+    with _device_guard(device):
+        run(arguments, *pointers, workspace.data_ptr(), device, torch._C._cuda_getCurrentRawStream(device))
