@@ -1,0 +1,420 @@
+"""Compression of whole models: every Deep LoRA layer starts in the subspace of its weight's gradient at ``X = 0``.
+
+For an adapted linear layer that gradient is ``D = sum over tokens dy^T x``, (out, in). It is never formed: hooks see x and dy
+of each layer during one backward pass, a randomized range finder runs on the products ``D v = dy^T (x v)`` and
+``D^T u = x^T (dy u)`` at once, and only ``D ~ u diag(s) v^T`` stays, (out + in) (k / 2 + oversampling) numbers a layer.
+Then, per layer, ``left, right`` are the matched frames of the top k / 2 directions (:mod:`lowrank_kernels.compression`).
+
+x is kept through autograd's own saved tensors, so that gradient checkpointing holds: it is recomputed with its block.
+
+Source: Yaras et al., ICML 2024, arXiv:2406.04112, sections 2 to 4; range finder: Halko, Martinsson, Tropp, 2011.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .compression import LinearOperator, matched_frames, top_singular_vectors
+from .nn import AdapterLayer
+
+CAST_ELEMENTS = 2**20  # of x and dy cast up at a time: 4 MiB in float32
+
+
+class Approximation(NamedTuple):
+    """``D ~ u diag(s) v^T`` with orthonormal u and v."""
+
+    u: Tensor  # (m, r)
+    s: Tensor  # (r,)
+    v: Tensor  # (n, r)
+
+
+@dataclass(frozen=True)
+class LayerCompression:
+    """What :func:`compress_` found in one layer: the singular values are the gradient's, the largest first."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    rank: int
+    singular_values: tuple[float, ...]  # (k / 2 + oversampling,), or as many as the matrix has
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The layers that :func:`compress_` initialized, and the losses of its batches; prints as a short table."""
+
+    adapter: str
+    losses: tuple[float, ...]
+    layers: tuple[LayerCompression, ...]
+
+    def __str__(self) -> str:
+        lines = [f"adapter {self.adapter!r}: {len(self.layers)} layers from {len(self.losses)} backward passes"]
+        width = max(len(row.name) for row in self.layers)
+        lines.append(f"{'layer':<{width}}  {'shape':>13}  rank  largest s  last used / largest")
+        for row in self.layers:
+            s = row.singular_values
+            share = s[row.rank // 2 - 1] / s[0] if s[0] else 0.0
+            lines.append(f"{row.name:<{width}}  {'x'.join(map(str, row.shape)):>13}  {row.rank:>4}  {s[0]:>9.3g}  {share:.3g}")
+        return "\n".join(lines)
+
+
+def compress_(
+    model: nn.Module,
+    loss_or_batches: Callable[[], Tensor] | Iterable[Any],
+    *,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    adapter: str | None = None,
+    init_scale: float | None = None,
+    oversampling: int = 8,
+    iterations: int = 2,
+    seed: int = 0,
+) -> CompressionReport:
+    r"""Initialize every Deep LoRA layer of an adapted model from one gradient, as the paper's compression does.
+
+    .. math:: \Delta W(0) = s\, left \cdot (\epsilon I)^L \cdot right, \qquad
+        span(right) = span[V, P^T U],\ span(left) = P\, span(right), \qquad D \approx U S V^T
+
+    with D the loss's gradient of the layer's weight, all adapters switched off, and P a Haar map that is never formed.
+
+    Args:
+        model: a model with Deep LoRA layers, already in its final dtype and on its device.
+        loss_or_batches: a function without arguments that runs the model and returns the scalar loss; or an iterable of
+            batches, whose gradients are added up (take a few: ``itertools.islice(loader, 4)``).
+        loss_fn: ``loss_fn(model, batch) -> scalar`` for batches; the default is ``model(**batch).loss`` for dict batches.
+        adapter: which Deep LoRA adapter, where there are several.
+        init_scale: epsilon of every core; default: as the layers were adapted with.
+        oversampling: additional directions that the running approximation keeps.
+        iterations: power iterations of the range finder.
+        seed: with each layer's name it seeds that layer's draws, so the order of the layers does not matter.
+
+    Returns:
+        ``CompressionReport(adapter, losses, layers)``.
+
+    Raises:
+        ValueError: no Deep LoRA layer, an odd rank, a loss that is no finite scalar or does not depend on the layers, layers
+            that the loss does not reach, a NaN or infinite gradient (the layer is named), no batches, merged adapters, an
+            unknown adapter, a model on the meta device. Nothing has been changed then.
+        TypeError: batches of the wrong kind.
+
+    Note:
+        The pass runs in eval mode (dropout off; transformers then switches its own checkpointing off too) with every
+        parameter frozen; training flags, ``requires_grad``, ``.grad`` and torch's random state are as before afterwards.
+        Products are float32 (float64 for float64), their algebra float64. Deterministic. In float16, scale a loss
+        whose gradients underflow: its scale does not change the result.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.initialization import compress_
+        >>> from lowrank_kernels.nn import DeepLoRALinear
+        >>> up, down = (DeepLoRALinear.from_linear(torch.nn.Linear(*shape), rank=4) for shape in ((6, 5), (5, 4)))
+        >>> model = torch.nn.Sequential(up, torch.nn.Tanh(), down)
+        >>> x, target = torch.ones(8, 6), torch.zeros(8, 4)
+        >>> report = compress_(model, lambda: torch.nn.functional.mse_loss(model(x), target))
+        >>> [(row.name, row.shape, row.rank) for row in report.layers]
+        [('0', (5, 6), 4), ('2', (4, 5), 4)]
+
+    Source: Yaras et al., ICML 2024, arXiv:2406.04112, sections 3 and 4.
+    """
+    layers, adapter = _targets(model, adapter)
+    if oversampling < 0 or iterations < 0:
+        raise ValueError(f"compress_: oversampling and iterations must not be negative, got {oversampling} and {iterations}")
+    if init_scale is not None and not math.isfinite(init_scale):
+        raise ValueError(f"compress_: init_scale must be finite, got {init_scale}")
+    sketches = {}
+    for name, layer in layers.items():
+        width = min(layer.adapters[adapter].rank // 2 + oversampling, *layer.matrix_shape)
+        sketches[name] = _Sketch(name, layer, width, iterations, seed)
+    with _quiet(model, sketches.values()):
+        losses = [_backward(closure) for closure in _closures(model, loss_or_batches, loss_fn)]
+    if not losses:
+        raise ValueError("compress_: loss_or_batches gave no batches, at least one is needed; an exhausted iterator?")
+    missed = [name for name, sketch in sketches.items() if sketch.found is None]
+    if missed:
+        raise ValueError(
+            f"compress_: the loss does not reach {_some(missed)}; give a loss that depends on every adapted layer, "
+            "or leave these layers out with adapt(exclude_modules=...)"
+        )
+    written, rows = [], []
+    for name, layer in layers.items():
+        info, found = layer.adapters[adapter], sketches.pop(name).found
+        assert found is not None
+        info = info if init_scale is None else replace(info, init_scale=float(init_scale))
+        u, v = found.u[:, : info.rank // 2].double(), found.v[:, : info.rank // 2].double()
+        left, right = matched_frames(u, v, generator=_generator(seed, name, "frames"))
+        dtype = layer.left[adapter].dtype
+        written.append((layer, info, left.to(dtype), right.to(dtype)))
+        rows.append(LayerCompression(name, layer.matrix_shape, info.rank, tuple(found.s.tolist())))
+    for layer, info, left, right in written:
+        assert info.init_scale is not None
+        core = info.init_scale * torch.eye(info.rank, dtype=torch.float64, device=left.device)
+        layer.set_factors(adapter, left, core.repeat(info.depth, 1, 1), right)
+        layer.adapters[adapter] = info
+    unmoved = [row.name for row in rows if row.singular_values[0] == 0]
+    if unmoved:
+        warnings.warn(
+            f"compress_: the weight gradient is zero in {_some(unmoved)}: their directions are arbitrary; "
+            "a head that starts at zero, or a loss that is already minimal?",
+            stacklevel=2,
+        )
+    return CompressionReport(adapter, tuple(losses), tuple(rows))
+
+
+def merge_approximations(parts: Sequence[Approximation], rank: int) -> Approximation:
+    """The best approximation of ``sum_i u_i diag(s_i) v_i^T`` of at most this rank, in float64 and without forming the sum.
+
+    Deterministic in the order of the parts: of batches, or of processes that saw different batches.
+    """
+    left = torch.cat([part.u.double() * part.s.double() for part in parts], 1)
+    right = torch.cat([part.v.double() for part in parts], 1)
+    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
+    u, v = q_left @ u[:, :rank], q_right @ vh[:rank].t()
+    signs = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0).to(u.dtype)  # canonical
+    return Approximation(u * signs, s[:rank], v * signs)
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _targets(model: nn.Module, adapter: str | None) -> tuple[dict[str, AdapterLayer], str]:
+    """The Deep LoRA layers that have the adapter, by name, and the adapter's name."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
+    layers = {name: layer for name, layer in layers.items() if layer.method == "deeplora"}
+    names = list(dict.fromkeys(key for layer in layers.values() for key in layer.adapters))
+    if not names:
+        raise ValueError("compress_: the model has no Deep LoRA layer; call lowrank_kernels.adapt(model, rank=...) first")
+    if adapter is None:
+        active = list(dict.fromkeys(key for layer in layers.values() for key in layer.active_adapters)) or names
+        if len(active) > 1:
+            raise ValueError(f"compress_: adapter must be given, one of {active}; got None")
+        adapter = active[0]
+    if adapter not in names:
+        raise ValueError(f"compress_: adapter must be one of {names}, got {adapter!r}")
+    layers = {name: layer for name, layer in layers.items() if adapter in layer.adapters}
+    for name, layer in layers.items():
+        rank, shape = layer.adapters[adapter].rank, layer.matrix_shape
+        if rank % 2:
+            even = rank + 1 if rank < min(shape) else rank - 1
+            raise ValueError(
+                f"compress_: rank must be even (half of it are directions of the gradient), got {rank} in layer {name!r}; "
+                f"adapt with rank {even}, or give that layer another in rank_pattern"
+            )
+    merged = [name for name, layer in model.named_modules() if isinstance(layer, AdapterLayer) and layer.merged]
+    if merged:
+        raise ValueError(f"compress_: adapters are merged in {_some(merged)}; call unmerge() on these layers first")
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise ValueError("compress_: the model is on the meta device and has no values; load its weights first")
+    return layers, adapter
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def _closures(
+    model: nn.Module, loss_or_batches: Callable[[], Tensor] | Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor] | None
+) -> Iterator[Callable[[], Tensor]]:
+    if callable(loss_or_batches):
+        if loss_fn is not None:
+            raise ValueError(
+                "compress_: loss_fn goes with batches, and loss_or_batches is a function already; give one of them"
+            )
+        yield loss_or_batches
+        return
+    if isinstance(loss_or_batches, Mapping | Tensor) or not isinstance(loss_or_batches, Iterable):
+        raise TypeError(
+            "compress_: loss_or_batches must be a function without arguments or an iterable of batches, "
+            f"got {type(loss_or_batches).__name__}; a single batch goes in a list: [batch]"
+        )
+    for batch in loss_or_batches:
+        yield lambda batch=batch: (loss_fn or _own_loss)(model, batch)  # type: ignore[misc]
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a transformers model returns for a dict of tensors with labels."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"compress_: batches must be dicts, or come with loss_fn(model, batch); got {type(batch).__name__}")
+    device = next(model.parameters()).device
+    output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError("compress_: the model returned no .loss; put labels into the batches or pass loss_fn(model, batch)")
+    return loss
+
+
+def _backward(closure: Callable[[], Tensor]) -> float:
+    loss = closure()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"compress_: the loss must be a tensor with one element, got {got}; return its mean, not .item()")
+    if not loss.requires_grad:
+        raise ValueError(
+            "compress_: the loss does not depend on any adapted layer (it has no grad_fn); compute it without no_grad() and "
+            "detach(), and with use_reentrant=False where checkpointing is used or with an input that requires grad"
+        )
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ValueError(f"compress_: the loss must be finite, got {value}; check the data and the model's dtype")
+    loss.backward()
+    return value
+
+
+# ---------------------------------------------------------------------- the pass
+
+
+@contextmanager
+def _quiet(model: nn.Module, sketches: Iterable[_Sketch]) -> Iterator[None]:
+    """Hooks on, and for the pass: eval mode, adapters off, parameters frozen, random state set aside. Undone on every exit."""
+    training = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    devices = sorted({tensor.device for tensor in model.parameters() if tensor.device.type != "cpu"}, key=str)
+    with ExitStack() as stack:
+        for module, flag in training:
+            stack.callback(setattr, module, "training", flag)
+            module.training = False
+            if isinstance(module, AdapterLayer):
+                stack.enter_context(module.disabled())
+        for parameter, flag in wanted:
+            stack.callback(parameter.requires_grad_, flag)
+            parameter.requires_grad_(False)
+        for sketch in sketches:
+            stack.callback(sketch.layer.register_forward_hook(sketch.see, with_kwargs=True).remove)
+        stack.enter_context(torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # compiled code would pass the hooks by
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+class _Sketch:
+    """The running approximation of one layer's weight gradient."""
+
+    def __init__(self, name: str, layer: AdapterLayer, width: int, iterations: int, seed: int) -> None:
+        self.name, self.layer, self.width, self.iterations, self.seed = name, layer, width, iterations, seed
+        self.found: Approximation | None = None
+        self.calls = 0
+
+    def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """Forward hook: the output's gradient will reach :meth:`add` together with the input."""
+        if not torch.is_grad_enabled():  # reentrant checkpointing runs this forward again, with gradients
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        source = torch.zeros((), device=output.device, requires_grad=True)  # nothing before may require gradients
+        return _Capture.apply(output, source, x, self)
+
+    def add(self, x: Tensor, dy: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            gradient = _weight_gradient(self.layer, x, dy)
+
+            def matmul(v: Tensor) -> Tensor:
+                y = gradient.matmul(v)
+                if not bool(torch.isfinite(y).all()):
+                    raise ValueError(
+                        f"compress_: the weight gradient is NaN or infinite in layer {self.name!r}; check the data and the "
+                        "loss, or use float32 or bfloat16"
+                    )
+                return y
+
+            operator, generator = gradient._replace(matmul=matmul), _generator(self.seed, self.name, str(self.calls))
+            self.calls += 1
+            found = Approximation(
+                *top_singular_vectors(operator, self.width, oversampling=0, iterations=self.iterations, generator=generator)
+            )
+            if self.found is not None:
+                found = merge_approximations([self.found, found], self.width)
+            storage = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            self.found = Approximation(found.u.to(storage), found.s, found.v.to(storage))
+
+
+class _Capture(torch.autograd.Function):
+    """The identity on a layer's output; its backward hands x and dy to a sketch."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, source: Tensor, x: Tensor, sketch: _Sketch) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sketch = sketch
+        return output.data  # no view for autograd: what follows may work in place
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.sketch.add(ctx.saved_tensors[0], dy)
+        return dy if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def _generator(seed: int, name: str, part: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}\0{name}\0{part}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+# ---------------------------------------------------------------------- products with a weight's gradient
+
+Product = Callable[[Tensor, Tensor], Tensor]  # (x, v) -> x v (tokens, s); (x, z) -> x^T z (in, s)
+_row_sums = torch.ops.aten.embedding_dense_backward
+
+
+def _weight_gradient(layer: AdapterLayer, x: Tensor, dy: Tensor) -> LinearOperator:
+    """``D = sum over tokens dy^T x`` of the layer's (out, in) matrix, as an operator; x and dy are cast up in pieces only.
+
+    A token's x is a row of the input, a row of the identity (embedding) or a patch (convolution: its products are again
+    convolutions, nothing is unfolded).
+    """
+    base: Any = layer.base_layer
+    (m, n), convolution = layer.matrix_shape, isinstance(base, nn.Conv1d | nn.Conv2d)
+    if convolution:
+        x, dy = (tensor.reshape(-1, *tensor.shape[1 - base.weight.ndim :]) for tensor in (x, dy))  # images of any batch
+        apply, transpose = _patch_products(base)
+    elif isinstance(base, nn.Embedding):
+        x, dy = x.reshape(-1), dy.reshape(-1, m)
+        if base.padding_idx is not None:  # that row has no gradient
+            x, dy = x[x != base.padding_idx], dy[x != base.padding_idx]
+        apply, transpose = (lambda ids, v: v[ids]), (lambda ids, z: _row_sums(z, ids, n, -1, False))
+    else:
+        x, dy = x.reshape(-1, n), dy.reshape(-1, m)
+        apply, transpose = torch.matmul, (lambda x, z: x.t() @ z)
+    wide = torch.float64 if torch.float64 in (x.dtype, dy.dtype) else torch.float32
+    step = max(CAST_ELEMENTS * len(x) // max(x.numel() + dy.numel(), 1), 1)
+    if not convolution and dy.dtype == wide and x.dtype in (wide, torch.int64, torch.int32):
+        step = max(len(x), 1)  # nothing to cast
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for some_x, some_dy in zip(x.split(step), dy.split(step), strict=True):
+            tokens = some_dy.movedim(1, -1).reshape(-1, m) if convolution else some_dy
+            yield some_x.to(wide) if some_x.is_floating_point() else some_x, tokens.to(wide)
+
+    def matmul(v: Tensor) -> Tensor:
+        total, v = v.new_zeros(m, v.shape[1]), v.to(wide)
+        for some_x, tokens in pieces():
+            total += tokens.t() @ apply(some_x, v)
+        return total
+
+    def rmatmul(u: Tensor) -> Tensor:
+        total, u = u.new_zeros(n, u.shape[1]), u.to(wide)
+        for some_x, tokens in pieces():
+            total += transpose(some_x, tokens @ u)
+        return total
+
+    return LinearOperator((m, n), matmul, rmatmul, dy.device)
+
+
+def _patch_products(base: Any) -> tuple[Product, Product]:
+    def apply(x: Tensor, v: Tensor) -> Tensor:
+        found = base._conv_forward(x, v.t().reshape(-1, *base.weight.shape[1:]), None)  # its padding mode included
+        return found.movedim(1, -1).reshape(-1, v.shape[1])
+
+    def transpose(x: Tensor, z: Tensor) -> Tensor:
+        v = z.new_zeros(base.weight[0].numel(), z.shape[1], requires_grad=True)
+        with torch.enable_grad():
+            return torch.autograd.grad(apply(x, v), v, z)[0]
+
+    return apply, transpose
