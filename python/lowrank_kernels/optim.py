@@ -1,0 +1,324 @@
+"""Learning rates of adapters: the discrepant rates of Deep LoRA, LoRA+, SGD for outer factors, and a watch on divergence.
+
+Deep LoRA trains ``delta = s left core[L-1] ... core[0] right`` with Adam at the rate ``lr`` for the cores and ``gamma lr``
+for left and right. Two things a user would not guess, measured on STS-B with MiniLM (36 linears, depth 3, init 1e-3):
+
+- The core's rate goes down with the rank, ``lr * min(1, 8 / rank)``. Adam moves every entry of a k x k core by about lr a
+  step, so its norm by about ``k lr``, and the product of three cores grows with the cube of that once it leaves its start:
+  rank 64 at lr 1e-2 ended at s1(delta) = 16 s1(W), with 1e-2 * 8 / 64 it trains.
+- Adam's epsilon is 1e-6. At the start the gradient of a core is about ``init_scale^2 |G|``, G the gradient of the weight:
+  1e-6 |G| for depth 3. Steps are then proportional to it, and directions leave the start in the order of their gradient;
+  with 1e-8 or less Adam scales them all to the same size.
+
+Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4 and appendix; Hayou et al., ICML 2024, arXiv:2402.12354.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.sgd import sgd
+
+from .analysis import adapter_layers_of, base_norm, update_singular_values
+from .nn import AdapterLayer
+
+ADAM_EPSILON = 1e-6  # of Deep LoRA's groups, see above
+METHODS = ("adam", "sgd")
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float = 1e-2,
+    *,
+    gamma: float = 1e-2,
+    weight_decay: float = 0.0,
+    loraplus_ratio: float | None = None,
+    embedding_lr: float = 1e-6,
+    reference_rank: float | None = 8,
+    outer: str = "adam",
+) -> list[dict[str, Any]]:
+    r"""Every trainable parameter of an adapted model in groups with the rate that its role needs.
+
+    ================================  ==========================================  ====================================
+    group (``name``)                  parameters                                  rate
+    ================================  ==========================================  ====================================
+    ``deeplora.core.<rank>``          cores of that rank, eps 1e-6                ``lr * min(1, reference_rank / rank)``
+    ``deeplora.outer``                left and right, eps 1e-6                    ``gamma * lr``
+    ``lora.right`` (A)                                                            ``lr``
+    ``lora.left`` (B)                                                             ``lr``, LoRA+: ``loraplus_ratio * lr``
+    ``lora.embedding``                both factors of embeddings, LoRA+ only      ``embedding_lr``
+    ``randlora``                      the trained diagonals                       ``lr``
+    ``other``                         everything else, such as a head             ``lr``
+    ``other.vectors``                 biases and 1-D parameters, no decay         ``lr``, LoRA+: ``loraplus_ratio * lr``
+    ================================  ==========================================  ====================================
+
+    Args:
+        model: a model with adapters. With ``gamma=0`` its Deep LoRA outer factors stop requiring gradients.
+        lr: the base rate; 1e-2 suits Deep LoRA, LoRA and heads want less (1e-4 to 1e-3).
+        gamma: rate of Deep LoRA's outer factors over that of the cores. 0 freezes them: they are in no group, so no
+            optimizer, weight decay or schedule with a positive floor can move a bit, and no gradient is computed.
+        weight_decay: of all groups but ``other.vectors``.
+        loraplus_ratio: LoRA+, rate of B over that of A, for LoRA layers and vectors; published: 16. None: the same rate.
+        embedding_lr: LoRA+'s rate of LoRA embeddings.
+        reference_rank: largest rank whose cores get the full rate; None for the same rate at every rank.
+        outer: "sgd" marks Deep LoRA's outer group with ``"method": "sgd"`` for :class:`AdamWithSGD`; others ignore it.
+
+    Returns:
+        Groups for any torch optimizer: ``params``, ``lr``, ``weight_decay``, ``name``, for Deep LoRA ``eps``, and ``method``
+        where asked for. No parameter is in two, and every one that requires gradients is in one; there are no empty groups.
+
+    Raises:
+        ValueError: no adapter layer, no trainable parameter, an argument out of range. Nothing was changed.
+
+    Note:
+        The constants have measured reasons, see :mod:`lowrank_kernels.optim`. To train factors again that ``gamma=0``
+        froze, activate the adapter again (``set_adapter``). Adapters that are not active are in no group.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.nn import DeepLoRALinear
+        >>> from lowrank_kernels.optim import parameter_groups
+        >>> model = torch.nn.Sequential(DeepLoRALinear(torch.nn.Linear(32, 32), rank=16), torch.nn.Linear(32, 1))
+        >>> for group in parameter_groups(model):
+        ...     print(group["name"], group["lr"], len(group["params"]))
+        deeplora.outer 0.0001 2
+        deeplora.core.16 0.005 1
+        other 0.01 1
+        other.vectors 0.01 1
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model))
+
+    Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4 (gamma); Hayou et al., ICML 2024, arXiv:2402.12354 (LoRA+).
+    """
+    numbers = {"lr": lr, "loraplus_ratio": loraplus_ratio, "reference_rank": reference_rank}
+    for argument, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"parameter_groups: {argument} must be a positive finite number, got {value}")
+    for argument, value in {"gamma": gamma, "weight_decay": weight_decay, "embedding_lr": embedding_lr}.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"parameter_groups: {argument} must be a finite number of at least 0, got {value}")
+    if outer not in METHODS:
+        raise ValueError(f"parameter_groups: outer must be 'adam' or 'sgd', got {outer!r}")
+    layers = adapter_layers_of(model, "parameter_groups")
+
+    fast = lr * (loraplus_ratio or 1.0)
+    groups: dict[str, dict[str, Any]] = {}
+    frozen: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
+
+    def add(name: str, rate: float, parameter: nn.Parameter, **options: Any) -> None:
+        if not parameter.requires_grad or parameter in seen:
+            return
+        seen.add(parameter)
+        if rate == 0:
+            frozen.append(parameter)
+            return
+        group = {"params": [], "lr": rate, "weight_decay": weight_decay, "name": name, **options}
+        groups.setdefault(name, group)["params"].append(parameter)
+
+    for layer in layers.values():
+        for adapter, info in layer.adapters.items():
+            for kind, parameter in layer.adapter_parameters(adapter).items():
+                if info.method == "deeplora" and kind == "core":
+                    rate = lr if reference_rank is None else lr * min(1.0, reference_rank / info.rank)
+                    add(f"deeplora.core.{info.rank}", rate, parameter, eps=ADAM_EPSILON)
+                elif info.method == "deeplora":
+                    method = {"method": "sgd"} if outer == "sgd" else {}
+                    add("deeplora.outer", gamma * lr, parameter, eps=ADAM_EPSILON, **method)
+                elif info.method == "lora" and loraplus_ratio is not None and _is_embedding(layer):
+                    add("lora.embedding", embedding_lr, parameter)
+                elif info.method == "lora":
+                    add(f"lora.{kind}", fast if kind == "left" else lr, parameter)
+                else:
+                    add(info.method, lr, parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 1 or name.endswith("bias"):
+            add("other.vectors", fast, parameter, weight_decay=0.0)
+        else:
+            add("other", lr, parameter)
+    if not groups:
+        raise ValueError("parameter_groups: no parameter requires gradients; activate an adapter with set_adapter()")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return list(groups.values())
+
+
+def _is_embedding(layer: AdapterLayer) -> bool:
+    return isinstance(layer.base_layer, nn.Embedding)
+
+
+class AdamWithSGD(AdamW):
+    r"""AdamW, with plain gradient descent on the groups marked ``{"method": "sgd"}``.
+
+    .. math:: p \leftarrow p - \eta\,(g + \lambda p)
+
+    keeps no state: for Deep LoRA's outer factors that saves ``2 (out + in) k`` numbers a layer, nearly all of Adam's.
+
+    Args:
+        params: parameters or groups, as from ``parameter_groups(model, outer="sgd")``.
+        lr, betas, eps, weight_decay, ...: of :class:`torch.optim.AdamW`, but with weight decay 0 by default.
+
+    Raises:
+        ValueError: a group's method is neither "adam" nor "sgd"; what AdamW refuses.
+
+    Note:
+        Gradient descent does not scale its steps as Adam does: the outer rate then wants the size of 1 / curvature, larger
+        than ``gamma * lr``. ``foreach``, ``fused``, ``maximize``, closures, schedulers, hooks and ``state_dict`` are
+        AdamW's; a loaded ``state_dict`` brings its groups' methods along.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.nn import DeepLoRALinear
+        >>> from lowrank_kernels.optim import AdamWithSGD, parameter_groups
+        >>> layer = DeepLoRALinear(torch.nn.Linear(6, 4), rank=2)
+        >>> optimizer = AdamWithSGD(parameter_groups(layer, outer="sgd"))
+        >>> layer(torch.ones(3, 6)).sum().backward()
+        >>> optimizer.step()
+        >>> len(optimizer.state)  # only the cores have one
+        1
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        method = param_group.setdefault("method", "adam")
+        if method not in METHODS:
+            raise ValueError(f"AdamWithSGD: a group's method must be 'adam' or 'sgd', got {method!r}")
+        super().add_param_group(param_group)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        """AdamW's step collects each group here; a group that descends is done at once and leaves Adam's lists empty."""
+        if group.get("method") != "sgd":
+            return super()._init_group(group, *lists)
+        parameters = [p for p in group["params"] if p.grad is not None]
+        sgd(
+            parameters,
+            [p.grad for p in parameters],
+            [None] * len(parameters),
+            has_sparse_grad=any(p.grad.is_sparse for p in parameters),
+            foreach=group["foreach"],
+            fused=group["fused"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            weight_decay=group["weight_decay"],
+            momentum=0.0,
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=group["maximize"],
+        )
+        return False
+
+
+class DivergenceWatch:
+    """What :func:`watch_divergence` returns: ``ratios``, by layer as last measured, and ``remove()`` to end it."""
+
+    def __init__(self, layers: dict[str, AdapterLayer], every: int, limit: float) -> None:
+        self.ratios: dict[str, float] = {}
+        self._layers, self._every, self._limit = layers, every, limit
+        self._steps = 0
+        self._bases: dict[str, float] = {}
+        self._warned: set[str] = set()
+        self._hook: Any = None
+
+    def remove(self) -> None:
+        """Stop watching; twice is once."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._steps += 1
+        if self._steps % self._every:
+            return
+        with torch.no_grad():
+            self.ratios = {name: _ratio(layer, self._base(name)) for name, layer in self._layers.items()}
+        for name, ratio in self.ratios.items():
+            if not ratio <= self._limit and name not in self._warned:
+                self._warned.add(name)
+                self._warn(name or "(the model)", ratio)
+
+    def _base(self, name: str) -> float:
+        if name not in self._bases:
+            self._bases[name] = base_norm(self._layers[name])
+        return self._bases[name]
+
+    def _warn(self, name: str, ratio: float) -> None:
+        found = (
+            "has NaN or infinity" if math.isnan(ratio) else f"has s1(delta) = {ratio:.3g} s1(W), above {self._limit:g} s1(W)"
+        )
+        warnings.warn(
+            f"watch_divergence: the update of {name} {found}, after {self._steps} steps: training diverges. Lower lr (the "
+            "core's rate goes down with the rank: parameter_groups(reference_rank=8)), clip gradients, or start anew with a "
+            "smaller rank",
+            stacklevel=4,
+        )
+
+
+def _ratio(layer: AdapterLayer, base: float) -> float:
+    """s1(delta) / s1(W) of the largest active adapter; NaN if not finite, 0 without one or where a zero W sets no scale."""
+    ratios = [0.0]
+    for adapter in layer.active_adapters:
+        factors = layer.factors(adapter)
+        dtype = torch.float64 if factors.left.dtype == torch.float64 else torch.float32
+        ratios.append(float(update_singular_values(factors, dtype)[0]))
+    largest = math.nan if any(map(math.isnan, ratios)) else max(ratios)
+    return largest / base if base else 0.0 * largest
+
+
+def watch_divergence(model: nn.Module, optimizer: Optimizer, *, every: int = 20, limit: float = 5.0) -> DivergenceWatch:
+    r"""Warn once per layer whose update outgrows its frozen weight, :math:`s_1(\Delta) > limit \cdot s_1(W)`.
+
+    Args:
+        model: a model with adapters.
+        optimizer: it is watched through a hook after its steps; nothing is changed.
+        every: steps between two looks.
+        limit: largest accepted ratio. Trained updates mostly stay below 1; far beyond it the layer no longer does what
+            it was pretrained for.
+
+    Returns:
+        A handle with ``ratios`` (layer name -> ratio as last measured) and ``remove()``.
+
+    Raises:
+        ValueError: no adapter layer, ``every`` below 1, a limit that is not positive.
+
+    Warns:
+        UserWarning: names the layer, the ratio and what to do; also where an update is not finite.
+
+    Note:
+        A look costs two thin QRs and a k x k SVD a layer, O((out + in) k^2), in float32 (float64 for float64), and one
+        synchronisation a layer on a GPU. s1(W) is computed once per layer. Layers whose weight is zero are left out. Of
+        several active adapters the largest counts.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.nn import DeepLoRALinear
+        >>> from lowrank_kernels.optim import parameter_groups, watch_divergence
+        >>> model = torch.nn.Sequential(DeepLoRALinear(torch.nn.Linear(6, 4), rank=2))
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model))
+        >>> watch = watch_divergence(model, optimizer, every=1)
+        >>> model(torch.ones(3, 6)).sum().backward()
+        >>> optimizer.step()
+        >>> watch.ratios["0"] < 1e-3
+        True
+        >>> watch.remove()
+    """
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"watch_divergence: every must be an integer of at least 1, got {every!r}")
+    if not limit > 0:
+        raise ValueError(f"watch_divergence: limit must be positive, got {limit}")
+    watch = DivergenceWatch(adapter_layers_of(model, "watch_divergence"), every, limit)
+    watch._hook = optimizer.register_step_post_hook(watch._after_step)
+    return watch
