@@ -1,0 +1,611 @@
+"""Adapters as files: a native one that keeps every bit, and the plain LoRA that others read.
+
+:func:`save_adapter` writes the parameters as they are (left, core, right; RandLoRA's lambdas and gammas) into one
+safetensors file whose metadata hold the settings as JSON. One file, so that weights and settings cannot part and one rename
+replaces both. Nothing that is read is ever executed.
+
+:func:`export_lora` writes the folder of PEFT. A trained update is a plain LoRA of the same rank:
+
+    delta = scale * left @ core[L-1] @ ... @ core[0] @ right = b @ a,    a = core_product @ right,  b = scale * left
+
+so that PEFT's factor ``lora_alpha / r`` is 1. Deep LoRA ends with few singular values (:func:`shrink_factors` finds them in
+the k x k core): the shrunk LoRA is smaller, and differs by what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, get_type_hints
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .files import InputError, OutputError, PathLike, check_output, read_head, write_atomically
+from .nn import AdapterInfo, AdapterLayer, Factors, layer_class
+from .ops.three_factor import FACTOR_TYPES
+from .reference.core import core_product
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+FORMAT_VERSION = 1
+_KEY = "lowrank_kernels_adapter"  # the only entry of the metadata: their order is not kept, the same adapter is the same file
+
+
+class LoRAFactors(NamedTuple):
+    """A plain LoRA update ``b @ a``, on the CPU."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    error: float = 0.0  # |b a - delta|_2 / |delta|_2 of what was cut off, without the last rounding
+
+
+class LoadReport(NamedTuple):
+    """What :func:`load_adapter` did."""
+
+    adapter: str
+    layers: tuple[str, ...]
+    added: tuple[str, ...]  # those that had no such adapter before
+    rounded: tuple[str, ...]  # those whose file is in another dtype than the model's adapter
+    package_version: str  # that wrote the file
+
+
+# ---------------------------------------------------------------------- plain LoRA
+
+
+def shrink_factors(factors: Factors, tol: float = 1e-6) -> LoRAFactors:
+    r"""The update as a LoRA of its numerical rank, through the small core.
+
+    .. math:: L = Q_l R_l, \quad R^T = Q_r R_r, \quad s\,R_l C R_r^T = U \Sigma V^T, \qquad
+        b = Q_l U \Sigma^{1/2}, \quad a = \Sigma^{1/2} V^T Q_r^T
+
+    with the singular values above ``tol`` times the largest. Nothing of size out x in is formed.
+
+    Args:
+        factors: of one adapter, ``layer.factors(name)``.
+        tol: from 0 to below 1.
+
+    Returns:
+        ``LoRAFactors(a (r, in), b (out, r), error)``; error, the first singular value left out over the largest one, is at
+        most tol. A zero update keeps rank 1.
+
+    Raises:
+        ValueError: tol out of range, or factors that are not finite or on the meta device.
+
+    Note:
+        Computed in float64 on the CPU; a and b are float32, or float64 for float64 factors.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.adapter_files import shrink_factors
+        >>> from lowrank_kernels.nn import Factors
+        >>> core = torch.diag(torch.tensor([2.0, 1.0, 1e-9])).unsqueeze(0)
+        >>> a, b, error = shrink_factors(Factors(torch.eye(5, 3), core, torch.eye(3, 4), scale=1.0))
+        >>> a.shape, b.shape, f"{error:.0e}"
+        (torch.Size([2, 4]), torch.Size([5, 2]), '5e-10')
+    """
+    if not 0 <= tol < 1:
+        raise ValueError(f"shrink_factors: tol must be from 0 to below 1, got {tol}")
+    dtype, left, right, product = _wide("shrink_factors", factors)
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.t())
+    inner = r_left @ (r_right.t() if product is None else product @ r_right.t())
+    u, s, vh = torch.linalg.svd(factors.scale * inner, full_matrices=False)
+    rank = max(1, int((s > tol * s[0]).sum()))
+    error = float(s[rank] / s[0]) if rank < len(s) and s[0] > 0 else 0.0
+    root = s[:rank].sqrt()
+    a, b = root.unsqueeze(1) * (vh[:rank] @ q_right.t()), (q_left @ u[:, :rank]) * root
+    return LoRAFactors(*_rounded("shrink_factors", a, b, dtype), error)
+
+
+def export_lora(
+    model: nn.Module,
+    folder: PathLike | None = None,
+    *,
+    adapter: str | None = None,
+    shrink: float | None = None,
+    base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, LoRAFactors]:
+    """An adapter as plain LoRA factors by layer, and as a folder that PEFT loads.
+
+    Args:
+        model: with adapters, of any method.
+        folder: for ``adapter_model.safetensors`` and ``adapter_config.json`` in PEFT's layout, made where missing;
+            None writes nothing.
+        adapter: which one; by default the only one, or the active one.
+        shrink: tolerance of :func:`shrink_factors`; None keeps the rank and the exact factors.
+        base_model_name_or_path: for PEFT's config; by default what ``model.config`` says.
+        overwrite: replace the two files.
+
+    Returns:
+        name -> ``LoRAFactors(a (r, in), b (out, r), error)``, ``b @ a`` being the whole update, its scale included.
+
+    Raises:
+        ValueError: no such adapter, factors that are not finite, or (with a folder) a layer that PEFT computes otherwise:
+            a dilated or non-zero padded convolution, or the model itself being the layer.
+        OutputError: the files exist already or cannot be written; none is left half-written.
+
+    Note:
+        Products are float64, rounded once to float32 (float64 for float64 factors). RandLoRA has full rank: its export is
+        as large as the weights unless it is shrunk.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_kernels.adapter_files import export_lora
+        >>> from lowrank_kernels.nn import DeepLoRALinear
+        >>> model = torch.nn.Sequential(DeepLoRALinear.from_linear(torch.nn.Linear(6, 4), rank=2))
+        >>> lora = export_lora(model)["0"]
+        >>> lora.a.shape, lora.b.shape
+        (torch.Size([2, 6]), torch.Size([4, 2]))
+        >>> torch.allclose(lora.b @ lora.a, model[0].get_delta_weight("default"), atol=1e-15)
+        True
+    """
+    adapter, layers = _chosen("export_lora", model, adapter)
+    if folder is not None:
+        _check_peft(layers)
+        weights_path, config_path = Path(folder, "adapter_model.safetensors"), Path(folder, "adapter_config.json")
+        if Path(folder).exists():
+            if not Path(folder).is_dir():
+                raise OutputError(f"{folder}: a folder was wanted, this is a file")
+            for path in (weights_path, config_path):
+                check_output(path, overwrite)
+    exported = {}
+    for name, layer in layers.items():
+        try:
+            factors = layer.factors(adapter)
+            exported[name] = _exact(factors) if shrink is None else shrink_factors(factors, shrink)
+        except ValueError as error:
+            raise ValueError(f"export_lora: layer {name!r}: {error}") from None
+    if folder is not None:
+        base = base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        config = json.dumps(_peft_config(model, layers, adapter, exported, base), indent=2).encode() + b"\n"
+        weights = safetensors.torch.save(_peft_tensors(layers, exported), {"format": "pt"})
+
+        def write_both(handle: BinaryIO) -> None:  # the config is on the disk before the weights are replaced
+            handle.write(config)
+            handle.flush()
+            write_atomically(weights_path, lambda inner: inner.write(weights), overwrite)
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(config_path, write_both, overwrite)
+    return exported
+
+
+def _wide(function: str, factors: Factors) -> tuple[torch.dtype, Tensor, Tensor, Tensor | None]:
+    """Dtype of the result, then left, right and the product of the cores in float64."""
+    for kind, value in zip(("left", "core", "right"), factors[:3], strict=True):
+        _check_finite(function, kind, value)
+    left, core, right = (None if value is None else value.detach().cpu().double() for value in factors[:3])
+    assert left is not None
+    assert right is not None
+    return torch.float64 if factors.left.dtype == torch.float64 else torch.float32, left, right, core_product(core)
+
+
+def _check_finite(function: str, kind: str, value: Tensor | None) -> None:
+    if value is not None and value.is_meta:
+        raise ValueError(f"{function}: {kind} is on the meta device and has no values; load or initialize it first")
+    if value is not None and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{function}: {kind} must be finite, got NaN or infinity; go back to an earlier state")
+
+
+def _rounded(function: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    for kind, value in (("a", a), ("b", b)):
+        _check_finite(function, kind, value)
+    return a, b
+
+
+def _exact(factors: Factors) -> LoRAFactors:
+    dtype, left, right, product = _wide("export_lora", factors)
+    return LoRAFactors(*_rounded("export_lora", right if product is None else product @ right, left * factors.scale, dtype))
+
+
+def _check_peft(layers: Mapping[str, AdapterLayer]) -> None:
+    """PEFT's convolution takes stride and padding from the base, neither dilation nor padding mode."""
+    for name, layer in layers.items():
+        base: Any = layer.base_layer
+        if not name:
+            raise ValueError(
+                "export_lora: PEFT adapts layers inside a model, here the model itself is the layer; use folder=None"
+            )
+        if getattr(base, "padding_mode", "zeros") != "zeros" or any(d != 1 for d in getattr(base, "dilation", ())):
+            raise ValueError(
+                f"export_lora: PEFT would run {name!r} without its dilation {base.dilation} and padding_mode "
+                f"{base.padding_mode!r}; use folder=None for the factors, or merge_and_unload(model)"
+            )
+
+
+def _peft_tensors(layers: Mapping[str, AdapterLayer], exported: Mapping[str, LoRAFactors]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (a, b, _) in exported.items():
+        base, key = layers[name].base_layer, f"base_model.model.{name}.lora_"
+        if isinstance(base, nn.Embedding):
+            tensors[f"{key}embedding_A"], tensors[f"{key}embedding_B"] = a, b
+            continue
+        if isinstance(base, nn.Conv1d | nn.Conv2d):
+            a, b = a.reshape(-1, *base.weight.shape[1:]), b.reshape(*b.shape, *[1] * (base.weight.ndim - 2))
+        tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = a, b
+    return tensors
+
+
+def _peft_config(
+    model: nn.Module,
+    layers: Mapping[str, AdapterLayer],
+    adapter: str,
+    exported: Mapping[str, LoRAFactors],
+    base: str | None,
+) -> dict[str, Any]:
+    ranks = {name: len(lora.a) for name, lora in exported.items()}
+    rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]  # the most common one
+    pattern = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
+    names = sorted(layers)
+    suffixes = tuple(f".{name}" for name in names)  # PEFT also takes what ends like a name
+    exact = not any(other.endswith(suffixes) and other not in layers for other, _ in model.named_modules())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": names if exact else "|".join(map(re.escape, names)),
+        "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in layers.values()),
+        "lora_dropout": max(layer.adapters[adapter].dropout for layer in layers.values()),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+# ---------------------------------------------------------------------- the native file
+
+
+class _Place(NamedTuple):
+    """What a layer must be for an adapter to fit."""
+
+    base: str  # class of the base layer
+    weight_shape: tuple[int, ...]
+    matrix_shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.base} {'x'.join(map(str, self.weight_shape))}"
+
+
+class _SavedLayer(NamedTuple):
+    info: AdapterInfo
+    place: _Place
+    tensors: dict[str, Tensor]
+
+
+class _Saved(NamedTuple):
+    adapter: str
+    model: str  # class of the model
+    package_version: str
+    layers: dict[str, _SavedLayer]
+
+
+def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None, overwrite: bool = False) -> None:
+    """Save an adapter of a model as one ``.safetensors`` file, bit for bit.
+
+    Args:
+        model: with adapters; its base weights are not saved.
+        path: the file; the folder must exist.
+        adapter: which one; by default the only one, or the active one.
+        overwrite: replace an existing file.
+
+    Raises:
+        ValueError: no such adapter, or parameters that are not finite; InputError for another extension.
+        OutputError: the file exists or cannot be written; the old file, or none, is there.
+
+    Note:
+        The same adapter gives the same bytes. Safe while adapters are merged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from lowrank_kernels.adapter_files import load_adapter, save_adapter
+        >>> from lowrank_kernels.nn import DeepLoRALinear
+        >>> model, other = (torch.nn.Sequential(DeepLoRALinear.from_linear(torch.nn.Linear(6, 4), 2)) for _ in range(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, Path(folder, "adapter.safetensors"))
+        ...     report = load_adapter(other, Path(folder, "adapter.safetensors"))
+        >>> report.layers, torch.equal(other[0].left["default"], model[0].left["default"])
+        (('0',), True)
+    """
+    check_output(path, overwrite, (".safetensors",))
+    adapter, layers = _chosen("save_adapter", model, adapter)
+    tensors, described = {}, {}
+    for name, layer in layers.items():
+        described[name] = {**_place(layer)._asdict(), "info": asdict(layer.adapters[adapter])}
+        for kind, parameter in layer.adapter_parameters(adapter).items():
+            try:
+                _check_finite("save_adapter", kind, parameter)
+            except ValueError as error:
+                raise ValueError(f"{error} (layer {name!r})") from None
+            tensors[f"{name}.{kind}"] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "package_version": _package_version(),
+        "adapter": adapter,
+        "model": type(model).__name__,
+        "layers": described,
+    }
+    data = safetensors.torch.save(tensors, {_KEY: json.dumps(config, allow_nan=False)})
+    write_atomically(path, lambda handle: handle.write(data), overwrite)
+
+
+def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None) -> LoadReport:
+    """Load a file of :func:`save_adapter`; all of it, or nothing is changed.
+
+    Where the model has no adapters it is adapted as the file says, where its layers lack this adapter they get it (inactive
+    beside others: ``set_adapter``), and where they have it the values are replaced.
+
+    Args:
+        model: the base model, or an adapted one.
+        path: the file.
+        adapter: the name to load it under; by default the saved one.
+
+    Raises:
+        InputError: a file that is truncated, of another format or version, or damaged; that holds values that are not
+            finite; that was saved from another model (all layers that do not fit are named); adapters that are merged.
+
+    Note:
+        Bit for bit, unless the model's adapter has another dtype (the report lists where). Nothing random is drawn from
+        torch's own generator.
+    """
+    saved = _read(path)
+    adapter = saved.adapter if adapter is None else adapter
+    layers = adapter_layers(model)
+    problems = _misfits(model, saved, adapter, layers)
+    if problems:
+        raise InputError(
+            f"{path}: does not fit this model (a {type(model).__name__}, the file is of a {saved.model}): "
+            f"{_some(problems)}; nothing was loaded"
+        )
+    added = tuple(name for name in saved.layers if name not in layers or adapter not in layers[name].adapters)
+    try:
+        if layers:
+            for name in added:
+                _add(layers[name], adapter, saved.layers[name])
+            values, rounded = _values(saved, adapter, layers)
+        else:
+            _adapt(model, adapter, saved)
+            values, rounded = _values(saved, adapter, adapter_layers(model))
+    except BaseException as error:
+        if not layers and adapter_layers(model):
+            from .adapters import unadapt
+
+            unadapt(model)
+        for name in added:
+            if name in layers and adapter in layers[name].adapters:
+                layers[name].delete_adapter(adapter)
+        if isinstance(error, TypeError | ValueError | RuntimeError):
+            raise InputError(f"{path}: {error}; nothing was loaded") from error
+        raise
+    with torch.no_grad():
+        for parameter, value in values:
+            parameter.copy_(value)
+    return LoadReport(adapter, tuple(saved.layers), added, rounded, saved.package_version)
+
+
+def _place(layer: AdapterLayer) -> _Place:
+    return _Place(type(layer.base_layer).__name__, tuple(layer.weight.shape), tuple(layer.matrix_shape))
+
+
+def _package_version() -> str:
+    try:
+        return metadata.version("lowrank-kernels")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+# Reading: what a file says is checked before the model is looked at.
+
+
+def _read(path: PathLike) -> _Saved:
+    data = read_head(path, None)
+    if data.startswith((b"PK\x03\x04", b"\x80")):
+        raise InputError(f"{path}: a pickle (torch.save); reading one can run code, only files of save_adapter are read")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: truncated, or not a safetensors file ({error}); copy it again") from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get(_KEY)
+    if text is None:
+        raise InputError(
+            f"{path}: a safetensors file, but not of save_adapter (PEFT's load with peft.PeftModel.from_pretrained)"
+        )
+    try:
+        return _parse(json.loads(text), tensors)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise InputError(f"{path}: its settings are damaged ({type(error).__name__}: {error}); save it again") from None
+
+
+def _parse(config: Any, tensors: dict[str, Tensor]) -> _Saved:
+    version, written_by = config["format_version"], str(config["package_version"])
+    if version != FORMAT_VERSION:
+        step = "update lowrank-kernels" if isinstance(version, int) and version > FORMAT_VERSION else "save it again"
+        raise InputError(
+            f"format version {version!r}, written by lowrank-kernels {written_by}; this one reads {FORMAT_VERSION}: {step}"
+        )
+    types = get_type_hints(AdapterInfo)
+    layers, problems, unexpected = {}, [], dict(tensors)
+    for name, entry in config["layers"].items():
+        info = AdapterInfo(**entry["info"])
+        for field, value in asdict(info).items():
+            if not isinstance(value, types[field]):
+                raise TypeError(f"{field} of layer {name!r} is {value!r}")
+        place = _Place(entry["base"], tuple(entry["weight_shape"]), tuple(entry["matrix_shape"]))
+        own = {}
+        for kind, shape in _shapes(info, place.matrix_shape).items():
+            key = f"{name}.{kind}"
+            value = unexpected.pop(key, None)
+            if value is None:
+                problems.append(f"{key} is missing")
+            elif value.shape != shape:
+                problems.append(f"{key} must be {shape}, got {tuple(value.shape)}")
+            elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+                problems.append(f"{key} holds values that are not finite numbers")
+            else:
+                own[kind] = value
+        layers[name] = _SavedLayer(info, place, own)
+    problems += [f"{key} belongs to no layer" for key in unexpected]
+    if problems:
+        raise InputError(_some(problems))
+    if not layers:
+        raise InputError("no layers in it")
+    if not isinstance(config["adapter"], str):
+        raise TypeError(f"adapter is {config['adapter']!r}")
+    return _Saved(config["adapter"], str(config["model"]), written_by, layers)
+
+
+def _shapes(info: AdapterInfo, matrix_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    (rows, columns), k = matrix_shape, info.rank
+    if info.method == "randlora":
+        count = -(-min(rows, columns) // k)
+        return {"lambdas": (k, count), "gammas": (count, min(rows, columns))}
+    if info.method not in ("deeplora", "lora"):
+        raise ValueError(f"method {info.method!r}")
+    core = {"core": (info.depth, k, k)} if info.method == "deeplora" else {}
+    return {"left": (rows, k), **core, "right": (k, columns)}
+
+
+# Fitting it to a model.
+
+
+def _misfits(model: nn.Module, saved: _Saved, adapter: str, layers: Mapping[str, AdapterLayer]) -> list[str]:
+    """Every reason why the file does not fit the model, without a change to it."""
+    problems, modules = [], dict(model.named_modules())
+    for name, (info, place, _) in saved.layers.items():
+        module = modules.get(name)
+        if module is None:
+            problems.append(f"there is no layer {name!r}")
+            continue
+        layer = layers.get(name)
+        if layer is None and layers:
+            problems.append(f"{name!r} is not adapted; unadapt(model) first, then everything is adapted as saved")
+            continue
+        try:
+            here = _place(layer) if layer is not None else _plain_place(module, info.method)
+        except TypeError as error:
+            problems.append(f"{name!r}: {error}")
+            continue
+        if here != place:
+            problems.append(f"{name!r} must be {place}, is {here}")
+        elif layer is not None:
+            problems += [f"{name!r} {reason}" for reason in _misfit(layer, adapter, info)]
+    problems += [
+        f"{name!r} has an adapter {adapter!r}, the file has none for it"
+        for name, layer in layers.items()
+        if adapter in layer.adapters and name not in saved.layers
+    ]
+    return problems
+
+
+def _plain_place(module: nn.Module, method: str) -> _Place:
+    cls = layer_class(module, method)
+    return _Place(type(module).__name__, tuple(module.weight.shape), cls._matrix_shape(module))  # type: ignore[arg-type]
+
+
+def _misfit(layer: AdapterLayer, adapter: str, info: AdapterInfo) -> Iterable[str]:
+    if layer.merged:
+        yield f"has {', '.join(layer.merged_adapters)} merged; call unmerge() first"
+    if layer.weight.is_meta:
+        yield "is on the meta device"
+    if layer.method != info.method:
+        yield f"is adapted by {layer.method}, the file by {info.method}"
+    elif adapter in layer.adapters:
+        own = layer.adapters[adapter]
+        alike = replace(info, dropout=own.dropout, init_scale=own.init_scale)  # these two change nothing that was learnt
+        differing = [f"{field} {value}, here {asdict(own)[field]}" for field, value in asdict(alike).items()
+                     if value != asdict(own)[field]]  # fmt: skip
+        if differing:
+            yield f"was saved with {', '.join(differing)}; delete_adapter({adapter!r}) first, or load under another name"
+
+
+def _adapt(model: nn.Module, adapter: str, saved: _Saved) -> None:
+    """Adapt a plain model as saved: the layers differ in rank and other options, so each gets its own after all are there."""
+    infos = [entry.info for entry in saved.layers.values()]
+    method, *others = {info.method for info in infos}
+    if others:
+        raise ValueError(
+            f"its layers are of several methods ({', '.join([method, *others])}); adapt(model) by each of them first"
+        )
+    from .adapters import adapt
+
+    names = "|".join(map(re.escape, saved.layers))
+    adapt(model, min(info.rank for info in infos), target_modules=names, method=method, adapter=adapter, strict=True)
+    for name, layer in adapter_layers(model).items():
+        layer.delete_adapter(adapter)
+        _add(layer, adapter, saved.layers[name])
+
+
+def _add(layer: AdapterLayer, adapter: str, saved: _SavedLayer) -> None:
+    dtype = next(iter(saved.tensors.values())).dtype
+    allowed = FACTOR_TYPES[layer.weight.dtype]
+    generator = torch.Generator().manual_seed(0)  # all values are replaced
+    layer.add_adapter(adapter, **saved.info.options, dtype=dtype if dtype in allowed else None, generator=generator)
+    if layer.adapters[adapter] != saved.info:
+        raise ValueError(f"the settings {saved.info} contradict themselves, should be {layer.adapters[adapter]}")
+
+
+def _values(
+    saved: _Saved, adapter: str, layers: Mapping[str, AdapterLayer]
+) -> tuple[list[tuple[nn.Parameter, Tensor]], tuple[str, ...]]:
+    """Parameters with their new values, and the layers where these are rounded."""
+    values, rounded = [], []
+    for name, entry in saved.layers.items():
+        parameters = layers[name].adapter_parameters(adapter)
+        for kind, parameter in parameters.items():
+            value = entry.tensors[kind].to(parameter.dtype)
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name}.{kind} overflows in the model's {parameter.dtype}")
+            values.append((parameter, value))
+        if any(entry.tensors[kind].dtype != parameter.dtype for kind, parameter in parameters.items()):
+            rounded.append(name)
+    return values, tuple(rounded)
+
+
+# ---------------------------------------------------------------------- shared
+
+
+def _chosen(function: str, model: nn.Module, adapter: str | None) -> tuple[str, dict[str, AdapterLayer]]:
+    """The adapter that is meant, and the layers that have it."""
+    layers = adapter_layers(model)
+    names = sorted({name for layer in layers.values() for name in layer.adapters})
+    if not names:
+        raise ValueError(f"{function}: the model has no adapters; call adapt(model, ...) first")
+    if adapter is None:
+        active = sorted({name for layer in layers.values() for name in layer.active_adapters})
+        candidates = names if len(names) == 1 else active
+        if len(candidates) != 1:
+            raise ValueError(
+                f"{function}: there are several adapters, say which: adapter= one of {', '.join(map(repr, names))}"
+            )
+        adapter = candidates[0]
+    if adapter not in names:
+        raise ValueError(f"{function}: no adapter {adapter!r}; there are: {', '.join(map(repr, names))}")
+    return adapter, {name: layer for name, layer in layers.items() if adapter in layer.adapters}
+
+
+def _some(problems: list[str], limit: int = 6) -> str:
+    rest = len(problems) - limit
+    return "; ".join(problems[:limit]) + (f"; and {rest} more" if rest > 0 else "")
