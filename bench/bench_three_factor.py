@@ -9,7 +9,6 @@ products in an autograd.Function, in-place addmm, factors rounded to the dtype o
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,27 +208,42 @@ def oracle(case: Case) -> Outputs:
         "dleft": SCALE * dy.t() @ z,
         "dright": SCALE * g.t() @ x,
     }
-    return results | {f"peft {k}": v for k, v in two.items()} | {"frozen y": base, "frozen dx": base_dx}
+    ones = {"masked": x.new_ones(3 + DEPTH), "peft masked": x.new_ones(3)}
+    ones["masked, ours"] = ones["masked"]  # no rounding to compare with that of the plain ways: another mask
+    return results | {f"peft {k}": v for k, v in two.items()} | {"frozen y": base, "frozen dx": base_dx} | ones
 
 
-def named(case: Case, prefix: str = "", names: tuple[str, ...] = ("y", "dx", "dleft", "dcore", "dright")) -> Any:
-    """Outputs to check; with dropout every contender has its own mask, and only that of the frozen layer can be."""
+ALL = ("y", "dx", "dleft", "dcore", "dright")
+
+
+def named(case: Case, prefix: str = "", names: tuple[str, ...] = ALL, mask: str = "masked") -> Any:
+    """Outputs to check against the oracle; with dropout every contender has a mask of its own, and they are :func:`masked`."""
 
     def outputs(result: Any) -> Outputs:
         found = {f"{prefix}{name}": tensor for name, tensor in zip(names, result, strict=False)}
-        if not case.dropout_p or prefix == "frozen ":
-            return found
-        # What does not depend on the mask: the shapes, that nothing is NaN, and the size of the update.
-        wanted = oracle(case)
-        y = result[0].double()
-        base, full = wanted["frozen y"], wanted[f"{'peft ' if prefix else ''}y"]
-        kept = (y - base).norm() / (full - base).norm()
-        limit = math.sqrt(1 / (1 - case.dropout_p)) + 0.25
-        if not 0.75 < float(kept) < limit:
-            raise ValueError(f"the dropped update is {float(kept):.3g} times the whole one")
-        return {"frozen y": base.to(y.dtype)}
+        if case.dropout_p and prefix != "frozen ":
+            return {f"{prefix}{mask}": masked(case, dict(zip(names, result, strict=True)), prefix)}
+        return found
 
     return outputs
+
+
+def masked(case: Case, got: Outputs, prefix: str) -> Tensor:
+    """Ones, as far as backward used the mask of forward.
+
+    The update u = y - base is linear in x and in every factor, for any mask: <dy, u> = <dx - dy W, x> = <dL, L> = <dR, R> =
+    <dcore_l, core_l>. A ratio of norms says that the share of x that dropout_p leaves went through.
+    """
+    wanted, dy = oracle(case), case.dy.double()
+    update = got["y"].double() - wanted["frozen y"]
+    share = float(update.norm() / (wanted["peft y" if prefix else "y"] - wanted["frozen y"]).norm())
+    if not 0.75 < share < (1 - case.dropout_p) ** -0.5 + 0.25:
+        raise ValueError(f"the dropped update is {share:.3g} times the whole one")
+    pairs = [(got["dx"].double() - wanted["frozen dx"], case.x), (got["dleft"], case.left), (got["dright"], case.right)]
+    if "dcore" in got:
+        pairs += list(zip(got["dcore"], case.core, strict=True))
+    unit = dy.norm() * update.norm() / dy.numel() ** 0.5
+    return 1 + torch.stack([((a.double() * b.double()).sum() - (dy * update).sum()) / unit for a, b in pairs])
 
 
 # ---------------------------------------------------------------------- parts
@@ -241,7 +255,7 @@ def contenders(case: Case, *, compile_too: bool = False, peft_too: bool = False)
         Contender(FROZEN, runner(case, frozen, trained=False), named(case, "frozen ", frozen_names)),
         Contender(EAGER, runner(case, eager), named(case), plain=True),
         Contender(CHAIN, runner(case, chain), named(case), plain=True),
-        Contender(OURS, runner(case, ours), named(case), ours=True),
+        Contender(OURS, runner(case, ours), named(case, mask="masked, ours"), ours=True),
     ]
     if compile_too:
         found.append(Contender(COMPILED, compiled(case), named(case), optional=True))
@@ -320,7 +334,7 @@ def saved(session: Session) -> None:
     """Bytes that backward keeps beyond x and the parameters."""
     tokens, n, k = (32, 64, 16) if session.quick else (2048, 1024, 16)
     case = Case(tokens, n, n, k, dropout_p=0.1, dtype=torch.bfloat16)
-    limit = 2 * tokens * k * 4
+    limit = 2 * tokens * k * 4 + 8 * (case.dropout_p > 0)  # z1 and z2 in float32, and the seed of the mask
     for name, make in ((OURS, runner(case, ours)), (EAGER, runner(case, eager)), (PEFT, peft(case))):
         try:
             run = make(1)

@@ -2,7 +2,8 @@
 
 The newest row of each case, contender and thread count counts. Writes ``docs/figures/*.png`` and the blocks between
 ``<!-- bench:begin -->`` and ``<!-- bench:end -->``: in README.md the rows with a bar and those we lose, in bench/README.md
-all of them. ``--check`` writes nothing and exits with 1 when a block or a figure is not what the rows give.
+all of them. Layers stand by their time over the frozen linear layer, one line a case. ``--check`` writes nothing and exits
+with 1 when a block or a figure is not what the rows give.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .harness import DATA, ROOT, read_rows, write_atomically
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "lowrank_kernels"
+FROZEN = "frozen linear"
+OVER = f"over {FROZEN}"
+LAYERS = ("eager chain", "addmm chain", "compiled chain", "PEFT lora.Linear", OURS)
 
 Row = dict[str, str]
 
@@ -65,12 +71,33 @@ def speed(row: Row) -> str:
     return f"{number(row['ratio'])}x {row['baseline']}"
 
 
+def layers(rows: Sequence[Row], all_of_them: bool) -> str:
+    """Times over the frozen linear layer, a line for every case and number of threads.
+
+    Not all of them: those with a bar on that time, and those where a plain chain is faster.
+    """
+    lines = []
+    for key in dict.fromkeys((r["machine"], r["case"], r["threads"]) for r in rows):
+        found = {r["contender"]: r for r in rows if (r["machine"], r["case"], r["threads"]) == key}
+        ours = found.get(OURS)
+        if not all_of_them and (ours is None or (OVER not in ours["bar"] and float(ours["ratio"] or 1) >= 1)):
+            continue
+        cells = [found[name]["value"] and number(found[name]["value"]) if name in found else "" for name in LAYERS]
+        frozen = milliseconds(found[FROZEN]["median_ms"]) if FROZEN in found else ""
+        judged = [speed(ours), ours["bar"], ours["met"]] if ours else ["", "", ""]
+        lines.append([key[1], key[2], frozen, *cells, *judged])
+    if not lines:
+        return ""
+    header = ("layer", "threads", FROZEN, *LAYERS, "speed", "bar, set beforehand", "met")
+    return f"Time over the frozen linear layer, which is 1:\n\n{table(header, lines)}"
+
+
 def summary(rows: Sequence[Row]) -> str:
     """For README.md: what has a bar, and what we lose against the fastest other."""
     barred = [
         [r["case"], r["contender"], r["threads"], milliseconds(r["median_ms"]), result(r), speed(r), r["bar"], r["met"]]
         for r in rows
-        if r["bar"]
+        if r["bar"] and r["metric"] != OVER
     ]
     parts = [
         table(("what", "how", "threads", "median", "result", "speed", "bar, set beforehand", "met"), barred),
@@ -93,14 +120,18 @@ def summary(rows: Sequence[Row]) -> str:
     if lost:
         parts.append("Where something else is faster:")
         parts.append(table(("what", "how", "threads", "median", "fastest other"), lost))
+    shown = layers([r for r in rows if r["metric"] == OVER], all_of_them=False)
+    if shown:
+        parts.append(shown)
     return "\n\n".join(parts)
 
 
 def everything(rows: Sequence[Row]) -> str:
     header = ("contender", "threads", "median", "quartiles, ms", "GFLOP/s", "of sgemm", "GB/s", "of copy")
     header = (*header, "peak MB", "error", "result", "speed", "bar", "met", "note")
-    parts = []
-    for case in dict.fromkeys((r["bench"], r["case"]) for r in rows):
+    compared = layers([r for r in rows if r["metric"] == OVER], all_of_them=True)
+    parts = [f"### three_factor: layers\n\n{compared}"] if compared else []
+    for case in dict.fromkeys((r["bench"], r["case"]) for r in rows if r["metric"] != OVER):
         lines = [
             [
                 r["contender"],
@@ -157,6 +188,9 @@ def block(file: Path, body: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------- figures
 
 
+LAYER = re.compile(r"forward and backward, T=(\d+), (\d+ -> \d+), k=16(, dropout [\d.]+)?")
+
+
 def figures(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[Row]]]]:
     """File name -> titled panels of rows."""
     result: dict[str, list[tuple[str, list[Row]]]] = {}
@@ -172,6 +206,12 @@ def figures(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[Row]]]]:
         ]
         if panels:
             result[f"{name}.png"] = panels
+    threads = max((int(r["threads"]) for r in rows if r["metric"] == OVER), default=0)
+    overhead = [(LAYER.fullmatch(r["case"]), r) for r in rows if r["metric"] == OVER and r["threads"] == str(threads)]
+    titles = dict.fromkeys(found[2] + (found[3] or "") for found, _ in overhead if found)
+    panels = [(t, [r for found, r in overhead if found and found[2] + (found[3] or "") == t]) for t in titles]
+    if panels:
+        result["three_factor.png"] = panels
     return result
 
 
@@ -180,8 +220,7 @@ def digest(panels: list[tuple[str, list[Row]]]) -> str:
 
 
 def draw(path: Path, panels: list[tuple[str, list[Row]]]) -> None:
-    """Ours in colour: points of the metric where there is one, else of times on a logarithmic axis. Neither axis starts at
-    zero, so no bars."""
+    """Ours in colour: times over the frozen layer by the number of tokens, or a point a row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,28 +228,15 @@ def draw(path: Path, panels: list[tuple[str, list[Row]]]) -> None:
 
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    height = max(len(rows) for _, rows in panels)
+    curves = panels[0][1][0]["metric"] == OVER
+    height = 10 if curves else max(len(rows) for _, rows in panels)
     figure, axes = plt.subplots(lines, columns, figsize=(5.6 * columns, lines * (0.9 + 0.24 * height)), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, rows) in zip(axes.flat, panels, strict=False):
-        metric = rows[0]["metric"]
-        values = [float(r["value"] if metric else r["median_ms"]) for r in rows]
-        names = [f"{r['contender']} ({r['threads']})" for r in rows]
-        colours = ["#c1440e" if OURS in r["contender"] else "#9aa5b1" for r in rows]
-        places = range(len(rows), 0, -1)
-        axis.scatter(values, list(places), color=colours, zorder=3)
-        axis.hlines(list(places), 0, 1, transform=axis.get_yaxis_transform(), color="#e4e7eb", linewidth=0.8)
-        axis.set_yticks(list(places), names, fontsize=7)
+        (draw_curves if curves else draw_points)(axis, rows)
         axis.set_title(title, fontsize=8)
-        axis.tick_params(axis="x", labelsize=7)
-        if not metric:
-            axis.set_xscale("log")
-        axis.margins(x=0.15)
-        axis.set_ylim(0.4, len(rows) + 0.6)
-        axis.set_xlabel(metric or "ms a step (number of threads in brackets)", fontsize=7)
-        for place, value in zip(places, values, strict=True):
-            axis.annotate(f"{value:.4g}", (value, place), (6, 0), textcoords="offset points", va="center", fontsize=6)
+        axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,6 +247,48 @@ def draw(path: Path, panels: list[tuple[str, list[Row]]]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
         plt.close(figure)
+
+
+def draw_points(axis: Any, rows: list[Row]) -> None:
+    """Points of the metric where there is one, else of times on a logarithmic axis. Neither axis starts at zero: no bars."""
+    metric = rows[0]["metric"]
+    values = [float(r["value"] if metric else r["median_ms"]) for r in rows]
+    names = [f"{r['contender']} ({r['threads']})" for r in rows]
+    colours = ["#c1440e" if OURS in r["contender"] else "#9aa5b1" for r in rows]
+    places = range(len(rows), 0, -1)
+    axis.scatter(values, list(places), color=colours, zorder=3)
+    axis.hlines(list(places), 0, 1, transform=axis.get_yaxis_transform(), color="#e4e7eb", linewidth=0.8)
+    axis.set_yticks(list(places), names)
+    if not metric:
+        axis.set_xscale("log")
+    axis.margins(x=0.15)
+    axis.set_ylim(0.4, len(rows) + 0.6)
+    axis.set_xlabel(metric or "ms a step (number of threads in brackets)", fontsize=7)
+    for place, value in zip(places, values, strict=True):
+        axis.annotate(f"{value:.4g}", (value, place), (6, 0), textcoords="offset points", va="center", fontsize=6)
+
+
+def draw_curves(axis: Any, rows: list[Row]) -> None:
+    """The time over the frozen layer, a curve for every way to do the adapter's work."""
+    styles = dict(zip(LAYERS, ("s:", "v--", "^-.", "x:", "o-"), strict=True))
+    for name, style in styles.items():
+        points = sorted((int(LAYER.fullmatch(r["case"])[1]), float(r["value"])) for r in rows if r["contender"] == name)  # type: ignore[index]
+        if points:
+            axis.plot(
+                *zip(*points, strict=True), style, label=name, color="#c1440e" if name == OURS else "#7b8794", linewidth=1
+            )
+    axis.axhline(1, color="#e4e7eb", linewidth=0.8)
+    axis.set_xscale("log")
+    tokens = sorted({int(LAYER.fullmatch(r["case"])[1]) for r in rows})  # type: ignore[index]
+    axis.set_xticks(tokens, [str(count) for count in tokens])
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in (1, 1.1, 1.2, 1.5, 2, 3, 5, 8) if low <= tick <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("tokens", fontsize=7)
+    axis.set_ylabel(f"time over the frozen linear layer ({rows[0]['threads']} threads)", fontsize=7)
+    axis.legend(fontsize=6, frameon=False)
 
 
 def is_current(path: Path, panels: list[tuple[str, list[Row]]]) -> bool:
