@@ -41,6 +41,8 @@ FLOORS = {
     "completion": 5,
     "imputer": 5,
     "adapters": 5,
+    "adapter_files": 5,
+    "initialization": 5,
     "optim": 5,
     "analysis": 5,
     "integrations": 6,

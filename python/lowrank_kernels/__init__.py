@@ -11,28 +11,66 @@ from .entries import ObservedEntries
 from .files import extra
 
 if TYPE_CHECKING:
+    from . import nn
+    from .adapter_files import export_lora, load_adapter, save_adapter
+    from .adapters import adapt, adapter_layers, delete_adapter, disabled, merge_and_unload, set_adapter, unadapt
+    from .analysis import rank_report
     from .completion import DeepMatrixCompletion
     from .imputer import LowRankImputer
+    from .initialization import compress_
+    from .optim import AdamWithSGD, parameter_groups, watch_divergence
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdamWithSGD",
     "CompressedFactors",
     "DeepMatrixCompletion",
     "LowRankImputer",
     "ObservedEntries",
     "__version__",
+    "adapt",
+    "adapter_layers",
     "compress",
+    "compress_",
+    "delete_adapter",
+    "disabled",
+    "export_lora",
+    "load_adapter",
     "masked_gradient",
+    "merge_and_unload",
+    "nn",
     "ops",
+    "parameter_groups",
+    "rank_report",
     "reference",
+    "save_adapter",
+    "set_adapter",
     "solver",
+    "unadapt",
+    "watch_divergence",
 ]
+_LAZY = {
+    "adapter_files": ("export_lora", "load_adapter", "save_adapter"),
+    "adapters": ("adapt", "adapter_layers", "delete_adapter", "disabled", "merge_and_unload", "set_adapter", "unadapt"),
+    "analysis": ("rank_report",),
+    "completion": ("DeepMatrixCompletion",),
+    "imputer": ("LowRankImputer",),
+    "initialization": ("compress_",),
+    "optim": ("AdamWithSGD", "parameter_groups", "watch_divergence"),
+}
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The estimators are imported at first use: they need scikit-learn, the kernels do not."""
-    modules = {"DeepMatrixCompletion": "completion", "LowRankImputer": "imputer"}
-    if name in modules:
-        extra("sklearn", "an estimator")
-        return getattr(import_module(f".{modules[name]}", __name__), name)
+    """Layers, adapters and estimators are imported at first use; the estimators need scikit-learn, the kernels do not."""
+    if name == "nn":
+        return import_module(".nn", __name__)
+    if name in _HOME:
+        if _HOME[name] in ("completion", "imputer"):
+            extra("sklearn", "an estimator")
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
