@@ -58,7 +58,7 @@ def compare(case: ThreeFactorCase, got: Results, plain: Results, exact: Results)
     rest = [name for name in exact if name != "core" or case.k > 1]
     check(case, *({name: results[name] for name in rest} for results in (got, plain, exact)))
     if "core" in exact and case.k == 1:
-        size = 1e3 * torch.finfo(got["core"].dtype).eps
+        size = 1e3 * torch.finfo(case.dtype).eps
         torch.testing.assert_close(got["core"].double(), exact["core"], rtol=size, atol=size)
 
 
