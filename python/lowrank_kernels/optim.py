@@ -6,9 +6,10 @@ for left and right. Two things a user would not guess, measured on STS-B with Mi
 - The core's rate goes down with the rank, ``lr * min(1, 8 / rank)``. Adam moves every entry of a k x k core by about lr a
   step, so its norm by about ``k lr``, and the product of three cores grows with the cube of that once it leaves its start:
   rank 64 at lr 1e-2 ended at s1(delta) = 16 s1(W), with 1e-2 * 8 / 64 it trains.
-- Adam's epsilon is 1e-6. At the start the gradient of a core is about ``init_scale^2 |G|``, G the gradient of the weight:
-  1e-6 |G| for depth 3. Steps are then proportional to it, and directions leave the start in the order of their gradient;
-  with 1e-8 or less Adam scales them all to the same size.
+- Adam's epsilon is 1e-6, the reference's. At the start the gradient of a core is about ``init_scale^2 |G|``, G the gradient
+  of the weight: 1e-6 |G| for depth 3. Below epsilon a step is proportional to it, so directions leave the start in the order
+  of their gradient; far above, Adam takes all at the same size, noise included. A larger one holds the start: in a
+  regression of width 96 and loss 5e-3 the loss fell within 100 steps with 1e-6 and not in 300 with 1e-5.
 
 Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4 and appendix; Hayou et al., ICML 2024, arXiv:2402.12354.
 """
