@@ -235,7 +235,7 @@ def masked(case: Case, got: Outputs, prefix: str) -> Tensor:
     <dcore_l, core_l>. A ratio of norms says that the share of x that dropout_p leaves went through.
     """
     wanted, dy = oracle(case), case.dy.double()
-    update = got["y"].double() - wanted["frozen y"]
+    update = got["y"].detach().double() - wanted["frozen y"]
     share = float(update.norm() / (wanted["peft y" if prefix else "y"] - wanted["frozen y"]).norm())
     if not 0.75 < share < (1 - case.dropout_p) ** -0.5 + 0.25:
         raise ValueError(f"the dropped update is {share:.3g} times the whole one")

@@ -52,7 +52,7 @@ def test_quick_run_ends_and_its_rows_are_complete(harness: ModuleType, tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = harness.read_rows(out)
     assert list(rows[0]) == harness.COLUMNS
-    assert {row["bench"] for row in rows} >= {"completion", "training"}
+    assert {row["bench"] for row in rows} >= {"completion", "three_factor", "training"}
     for row in rows:
         for column in ("date", "revision", "dirty", "machine", "simd", "python", "torch", "package", "case", "contender"):
             assert row[column], (column, row)
@@ -60,6 +60,7 @@ def test_quick_run_ends_and_its_rows_are_complete(harness: ModuleType, tmp_path:
         assert row["met"] in (("yes", "no") if row["bar"] else ("",)), row
     names = {row["contender"] for row in rows}
     assert {"autograd COO", "hand-written COO", "dense", "lowrank_kernels, autograd"} <= names
+    assert {"frozen linear", "eager chain", "addmm chain", "lowrank_kernels"} <= names
 
 
 # ---------------------------------------------------------------------- correctness comes first
@@ -153,6 +154,52 @@ def test_the_baseline_is_the_fastest_of_those_named(harness: ModuleType, tmp_pat
     assert "fastest other: unnamed" in rows["ours"]["note"]
 
 
+def test_rows_tell_their_time_over_another_contender(harness: ModuleType, tmp_path: Path) -> None:
+    x = torch.ones(4)
+
+    def contender(name: str, loops: int, **options: Any) -> Any:
+        return harness.Contender(
+            name, lambda threads: lambda: {"y": torch.stack([x * 1.0 for _ in range(loops)])[0]}, **options
+        )
+
+    s = session(harness, tmp_path / "rows.csv")
+    contenders = [contender("frozen", 500), contender("chain", 5000), contender("ours", 2000, ours=True)]
+    bars = [("ours", 1, harness.Bar("over frozen", 1e6)), ("ours", 1, harness.Bar("ratio", 1e-6, at_least=True))]
+    s.compare("three_factor", "loops", contenders, oracle={"y": x.double()}, against=("chain",), over="frozen", bars=bars)
+    rows = {row["contender"]: row for row in s.rows}
+    assert {row["metric"] for row in s.rows} == {"over frozen"}
+    assert rows["frozen"]["value"] == 1
+    assert rows["ours"]["value"] == pytest.approx(rows["ours"]["median_ms"] / rows["frozen"]["median_ms"])
+    assert rows["ours"]["ratio"] == pytest.approx(rows["chain"]["median_ms"] / rows["ours"]["median_ms"])
+    assert (rows["ours"]["met"], rows["chain"]["met"]) == ("yes", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("fault", [None, "dx", "dleft", "dcore", "dright"])
+def test_a_gradient_of_another_dropout_mask_is_refused(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, fault: str | None, dtype: torch.dtype
+) -> None:
+    """The mask is the contender's own: the check knows only that forward and backward must have used the same one."""
+    bench = load("bench_three_factor", monkeypatch)
+    torch.manual_seed(2)  # two masks whose updates differ along dy
+    case = bench.Case(33, 48, 40, 16, dropout_p=0.5, dtype=dtype)
+    run = bench.runner(case, bench.eager)(1)
+    result, other = dict(zip(bench.ALL, run(), strict=True)), dict(zip(bench.ALL, run(), strict=True))
+    if fault:
+        result[fault] = other[fault]
+    got = bench.named(case)(tuple(result.values()))
+    complaint = harness.judge(got, bench.oracle(case), str(dtype).removeprefix("torch."), {})[1]
+    assert ("masked has relative error" in complaint) if fault else complaint == ""
+
+
+def test_a_layer_that_drops_everything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("bench_three_factor", monkeypatch)
+    case = bench.Case(33, 48, 40, 16, dropout_p=0.1)
+    result = bench.runner(case, bench.eager)(1)()
+    with pytest.raises(ValueError, match=r"the dropped update is .*e-0. times the whole one"):
+        bench.named(case)((bench.frozen(case, case.x), *result[1:]))
+
+
 def test_peak_memory_sees_what_a_step_allocates(harness: ModuleType) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the system does not report the high-water mark of memory")
@@ -221,6 +268,14 @@ def project(harness: ModuleType, tmp_path: Path) -> dict[str, Path]:
     s.record("completion", tiny, "dense", threads=1, median_ms=0.02, baseline="dense", ratio=1.0)
     s.record("completion", tiny, "lowrank_kernels, autograd", threads=1, median_ms=0.05, baseline="dense", ratio=0.4)
     s.record("training", "ratings", "lowrank_kernels", threads=2, median_ms=900.0, metric="RMSE", value=0.8654)
+    layers = {"barred": (2048, 1.08), "slower": (16, 1.5), "faster": (128, 1.1)}  # over the frozen layer; a chain has 1.3
+    for what, (tokens, over) in layers.items():
+        for name, value in (("frozen linear", 1.0), ("eager chain", 1.4), ("addmm chain", 1.3), ("lowrank_kernels", over)):
+            bars = [harness.Bar("ratio", 0.97, at_least=True)] * (name == "lowrank_kernels")
+            bars += [harness.Bar("over frozen linear", 1.12)] * (what == "barred" and name == "lowrank_kernels")
+            measured = {"median_ms": 10 * value, "metric": "over frozen linear", "value": value, "bars": bars}
+            case = f"forward and backward, T={tokens}, 768 -> 768, k=16"
+            s.record("three_factor", case, name, threads=2, baseline="addmm chain", ratio=1.3 / value, **measured)
     files = {
         "csv": s.out,
         "readme": tmp_path / "README.md",
@@ -251,8 +306,18 @@ def test_plot_writes_the_newest_rows_and_check_knows(
     assert "| 32x dense | ratio >= 20 | yes |" in readme
     assert "| 5 ms |" not in readme  # the older row is gone
     assert "| dense: 0.02 ms |" in readme  # what we lose is shown
-    assert "RMSE 0.8654" in project["details"].read_text()
-    assert sorted(p.name for p in project["figures"].iterdir()) == ["completion.png", "completion_shapes.png", "quality.png"]
+    header = (
+        "| layer | threads | frozen linear | eager chain | addmm chain | compiled chain | PEFT lora.Linear | lowrank_kernels |"
+    )
+    assert f"{header} speed | bar, set beforehand | met |" in readme
+    cells = "| 2 | 10 ms | 1.4 | 1.3 |  |  | 1.08 | 1.2x addmm chain | ratio >= 0.97; over frozen linear <= 1.12 | yes |"
+    assert f"T=2048, 768 -> 768, k=16 {cells}" in readme
+    assert "| 1.5 | 0.867x addmm chain | ratio >= 0.97 | no |" in readme  # what we lose is shown
+    details = project["details"].read_text()
+    assert ("T=128," in readme, "T=128," in details) == (False, True)
+    assert "RMSE 0.8654" in details
+    drawn = ["completion.png", "completion_shapes.png", "quality.png", "three_factor.png"]
+    assert sorted(p.name for p in project["figures"].iterdir()) == drawn
     assert plot(monkeypatch, project, "--check") == 0
     session(harness, project["csv"]).record("training", "ratings", "lowrank_kernels", threads=2, metric="RMSE", value=0.9)
     assert plot(monkeypatch, project, "--check") == 1
