@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapter_layers
 from .compression import LinearOperator, top_singular_vectors
 from .files import PathLike, check_output, extra, write_atomically
 from .nn import AdapterLayer, Factors
@@ -223,12 +224,11 @@ def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1
         half precision), to about 1e-4. A RandLoRA layer, of full rank, costs a full SVD.
 
     Example:
-        >>> import torch
-        >>> from lowrank_kernels.analysis import rank_report
-        >>> from lowrank_kernels.nn import DeepLoRALinear
-        >>> layer = DeepLoRALinear(torch.nn.Linear(6, 4), rank=2)
-        >>> layer.set_factors("default", torch.eye(4, 2), torch.eye(2).repeat(3, 1, 1), torch.eye(2, 6))
-        >>> row = rank_report(layer).layers[0]
+        >>> import torch, lowrank_kernels as lrk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> _ = lrk.adapt(model, rank=2)
+        >>> model[0].set_factors("default", torch.eye(4, 2), torch.eye(2).repeat(3, 1, 1), torch.eye(2, 6))
+        >>> row = lrk.rank_report(model).layers[0]
         >>> row.singular_values, row.absolute_rank, row.stable_rank
         ((1.0, 1.0), 2, 2.0)
 
@@ -237,7 +237,7 @@ def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1
     for argument, value in (("absolute", absolute), ("relative", relative)):
         if not 0 <= value < math.inf:
             raise ValueError(f"rank_report: {argument} must be a finite number of at least 0, got {value}")
-    layers = adapter_layers_of(model, "rank_report")
+    layers = _adapted_layers(model, "rank_report")
     if adapter is not None and not any(adapter in layer.adapters for layer in layers.values()):
         known = sorted({name for layer in layers.values() for name in layer.adapters})
         raise ValueError(
@@ -305,9 +305,9 @@ def base_norm(layer: AdapterLayer) -> float:
     return float(top_singular_vectors(operator, 1, iterations=12, generator=generator)[1])
 
 
-def adapter_layers_of(model: nn.Module, function: str) -> dict[str, AdapterLayer]:
-    """The adapter layers by name, at least one, with values."""
-    layers: dict[str, AdapterLayer] = {name: m for name, m in model.named_modules() if isinstance(m, AdapterLayer)}
+def _adapted_layers(model: nn.Module, function: str) -> dict[str, AdapterLayer]:
+    """The adapter layers by name, at least one."""
+    layers = adapter_layers(model)
     if not layers:
         raise ValueError(f"{function}: the model has no adapter layer; call lowrank_kernels.adapt(model) first")
     return layers

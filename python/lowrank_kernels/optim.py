@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.sgd import sgd
 
-from .analysis import adapter_layers_of, base_norm, update_singular_values
+from .analysis import _adapted_layers, base_norm, update_singular_values
 from .nn import AdapterLayer
 
 ADAM_EPSILON = 1e-6  # of Deep LoRA's groups, see above
@@ -81,17 +81,16 @@ def parameter_groups(
         froze, activate the adapter again (``set_adapter``). Adapters that are not active are in no group.
 
     Example:
-        >>> import torch
-        >>> from lowrank_kernels.nn import DeepLoRALinear
-        >>> from lowrank_kernels.optim import parameter_groups
-        >>> model = torch.nn.Sequential(DeepLoRALinear(torch.nn.Linear(32, 32), rank=16), torch.nn.Linear(32, 1))
-        >>> for group in parameter_groups(model):
+        >>> import torch, lowrank_kernels as lrk
+        >>> body, head = torch.nn.Linear(32, 32), torch.nn.Linear(32, 1)
+        >>> model = torch.nn.Sequential(lrk.nn.DeepLoRALinear(body, rank=16), head)
+        >>> for group in lrk.parameter_groups(model):
         ...     print(group["name"], group["lr"], len(group["params"]))
         deeplora.outer 0.0001 2
         deeplora.core.16 0.005 1
         other 0.01 1
         other.vectors 0.01 1
-        >>> optimizer = torch.optim.AdamW(parameter_groups(model))
+        >>> optimizer = torch.optim.AdamW(lrk.parameter_groups(model))
 
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4 (gamma); Hayou et al., ICML 2024, arXiv:2402.12354 (LoRA+).
     """
@@ -104,7 +103,7 @@ def parameter_groups(
             raise ValueError(f"parameter_groups: {argument} must be a finite number of at least 0, got {value}")
     if outer not in METHODS:
         raise ValueError(f"parameter_groups: outer must be 'adam' or 'sgd', got {outer!r}")
-    layers = adapter_layers_of(model, "parameter_groups")
+    layers = _adapted_layers(model, "parameter_groups")
 
     fast = lr * (loraplus_ratio or 1.0)
     groups: dict[str, dict[str, Any]] = {}
@@ -172,11 +171,9 @@ class AdamWithSGD(AdamW):
         AdamW's; a loaded ``state_dict`` brings its groups' methods along.
 
     Example:
-        >>> import torch
-        >>> from lowrank_kernels.nn import DeepLoRALinear
-        >>> from lowrank_kernels.optim import AdamWithSGD, parameter_groups
-        >>> layer = DeepLoRALinear(torch.nn.Linear(6, 4), rank=2)
-        >>> optimizer = AdamWithSGD(parameter_groups(layer, outer="sgd"))
+        >>> import torch, lowrank_kernels as lrk
+        >>> layer = lrk.nn.DeepLoRALinear(torch.nn.Linear(6, 4), rank=2)
+        >>> optimizer = lrk.AdamWithSGD(lrk.parameter_groups(layer, outer="sgd"))
         >>> layer(torch.ones(3, 6)).sum().backward()
         >>> optimizer.step()
         >>> len(optimizer.state)  # only the cores have one
@@ -304,12 +301,11 @@ def watch_divergence(model: nn.Module, optimizer: Optimizer, *, every: int = 20,
         several active adapters the largest counts.
 
     Example:
-        >>> import torch
-        >>> from lowrank_kernels.nn import DeepLoRALinear
-        >>> from lowrank_kernels.optim import parameter_groups, watch_divergence
-        >>> model = torch.nn.Sequential(DeepLoRALinear(torch.nn.Linear(6, 4), rank=2))
-        >>> optimizer = torch.optim.AdamW(parameter_groups(model))
-        >>> watch = watch_divergence(model, optimizer, every=1)
+        >>> import torch, lowrank_kernels as lrk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> _ = lrk.adapt(model, rank=2)
+        >>> optimizer = torch.optim.AdamW(lrk.parameter_groups(model))
+        >>> watch = lrk.watch_divergence(model, optimizer, every=1)
         >>> model(torch.ones(3, 6)).sum().backward()
         >>> optimizer.step()
         >>> watch.ratios["0"] < 1e-3
@@ -320,6 +316,6 @@ def watch_divergence(model: nn.Module, optimizer: Optimizer, *, every: int = 20,
         raise ValueError(f"watch_divergence: every must be an integer of at least 1, got {every!r}")
     if not limit > 0:
         raise ValueError(f"watch_divergence: limit must be positive, got {limit}")
-    watch = DivergenceWatch(adapter_layers_of(model, "watch_divergence"), every, limit)
+    watch = DivergenceWatch(_adapted_layers(model, "watch_divergence"), every, limit)
     watch._hook = optimizer.register_step_post_hook(watch._after_step)
     return watch
