@@ -59,11 +59,11 @@ class CompressionReport:
     def __str__(self) -> str:
         lines = [f"adapter {self.adapter!r}: {len(self.layers)} layers from {len(self.losses)} backward passes"]
         width = max(len(row.name) for row in self.layers)
-        lines.append(f"{'layer':<{width}}  {'shape':>13}  rank  largest s  last used / largest")
         for row in self.layers:
-            s = row.singular_values
-            share = s[row.rank // 2 - 1] / s[0] if s[0] else 0.0
-            lines.append(f"{row.name:<{width}}  {'x'.join(map(str, row.shape)):>13}  {row.rank:>4}  {s[0]:>9.3g}  {share:.3g}")
+            s, shape = row.singular_values, "x".join(map(str, row.shape))
+            lines.append(
+                f"{row.name:<{width}}  {shape:>11}  rank {row.rank:>3}  s from {s[0]:.3g} to {s[row.rank // 2 - 1]:.3g}"
+            )
         return "\n".join(lines)
 
 
@@ -129,10 +129,8 @@ def compress_(
         raise ValueError(f"compress_: oversampling and iterations must not be negative, got {oversampling} and {iterations}")
     if init_scale is not None and not math.isfinite(init_scale):
         raise ValueError(f"compress_: init_scale must be finite, got {init_scale}")
-    sketches = {}
-    for name, layer in layers.items():
-        width = min(layer.adapters[adapter].rank // 2 + oversampling, *layer.matrix_shape)
-        sketches[name] = _Sketch(name, layer, width, iterations, seed)
+    widths = {name: layer.adapters[adapter].rank // 2 + oversampling for name, layer in layers.items()}
+    sketches = {name: _Sketch(name, layer, widths[name], iterations, seed) for name, layer in layers.items()}
     with _quiet(model, sketches.values()):
         losses = [_backward(closure) for closure in _closures(model, loss_or_batches, loss_fn)]
     if not losses:
@@ -187,8 +185,8 @@ def merge_approximations(parts: Sequence[Approximation], rank: int) -> Approxima
 
 def _targets(model: nn.Module, adapter: str | None) -> tuple[dict[str, AdapterLayer], str]:
     """The Deep LoRA layers that have the adapter, by name, and the adapter's name."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
-    layers = {name: layer for name, layer in layers.items() if layer.method == "deeplora"}
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
+    layers = {name: layer for name, layer in adapted.items() if layer.method == "deeplora"}
     names = list(dict.fromkeys(key for layer in layers.values() for key in layer.adapters))
     if not names:
         raise ValueError("compress_: the model has no Deep LoRA layer; call lowrank_kernels.adapt(model, rank=...) first")
@@ -208,7 +206,7 @@ def _targets(model: nn.Module, adapter: str | None) -> tuple[dict[str, AdapterLa
                 f"compress_: rank must be even (half of it are directions of the gradient), got {rank} in layer {name!r}; "
                 f"adapt with rank {even}, or give that layer another in rank_pattern"
             )
-    merged = [name for name, layer in model.named_modules() if isinstance(layer, AdapterLayer) and layer.merged]
+    merged = [name for name, layer in adapted.items() if layer.merged]
     if merged:
         raise ValueError(f"compress_: adapters are merged in {_some(merged)}; call unmerge() on these layers first")
     if any(tensor.is_meta for tensor in model.parameters()):
@@ -245,8 +243,7 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(f"compress_: batches must be dicts, or come with loss_fn(model, batch); got {type(batch).__name__}")
     device = next(model.parameters()).device
-    output = model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-    loss = getattr(output, "loss", None)
+    loss = getattr(model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}), "loss", None)
     if loss is None:
         raise ValueError("compress_: the model returned no .loss; put labels into the batches or pass loss_fn(model, batch)")
     return loss
@@ -301,7 +298,8 @@ class _Sketch:
     """The running approximation of one layer's weight gradient."""
 
     def __init__(self, name: str, layer: AdapterLayer, width: int, iterations: int, seed: int) -> None:
-        self.name, self.layer, self.width, self.iterations, self.seed = name, layer, width, iterations, seed
+        self.name, self.layer, self.iterations, self.seed = name, layer, iterations, seed
+        self.width = min(width, *layer.matrix_shape)
         self.found: Approximation | None = None
         self.calls = 0
 
@@ -314,27 +312,15 @@ class _Sketch:
         return _Capture.apply(output, source, x, self)
 
     def add(self, x: Tensor, dy: Tensor) -> None:
+        generator, self.calls = _generator(self.seed, self.name, str(self.calls)), self.calls + 1
+        options: dict[str, Any] = {"oversampling": 0, "iterations": self.iterations, "generator": generator}
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            gradient = _weight_gradient(self.layer, x, dy)
-
-            def matmul(v: Tensor) -> Tensor:
-                y = gradient.matmul(v)
-                if not bool(torch.isfinite(y).all()):
-                    raise ValueError(
-                        f"compress_: the weight gradient is NaN or infinite in layer {self.name!r}; check the data and the "
-                        "loss, or use float32 or bfloat16"
-                    )
-                return y
-
-            operator, generator = gradient._replace(matmul=matmul), _generator(self.seed, self.name, str(self.calls))
-            self.calls += 1
-            found = Approximation(
-                *top_singular_vectors(operator, self.width, oversampling=0, iterations=self.iterations, generator=generator)
-            )
-            if self.found is not None:
-                found = merge_approximations([self.found, found], self.width)
-            storage = torch.float64 if dy.dtype == torch.float64 else torch.float32
-            self.found = Approximation(found.u.to(storage), found.s, found.v.to(storage))
+            gradient = _weight_gradient(self.name, self.layer, x, dy)
+            found = Approximation(*top_singular_vectors(gradient, self.width, **options))
+        if self.found is not None:
+            found = merge_approximations([self.found, found], self.width)
+        storage = torch.float64 if dy.dtype == torch.float64 else torch.float32
+        self.found = Approximation(found.u.to(storage), found.s, found.v.to(storage))
 
 
 class _Capture(torch.autograd.Function):
@@ -363,7 +349,7 @@ Product = Callable[[Tensor, Tensor], Tensor]  # (x, v) -> x v (tokens, s); (x, z
 _row_sums = torch.ops.aten.embedding_dense_backward
 
 
-def _weight_gradient(layer: AdapterLayer, x: Tensor, dy: Tensor) -> LinearOperator:
+def _weight_gradient(name: str, layer: AdapterLayer, x: Tensor, dy: Tensor) -> LinearOperator:
     """``D = sum over tokens dy^T x`` of the layer's (out, in) matrix, as an operator; x and dy are cast up in pieces only.
 
     A token's x is a row of the input, a row of the identity (embedding) or a patch (convolution: its products are again
@@ -396,6 +382,11 @@ def _weight_gradient(layer: AdapterLayer, x: Tensor, dy: Tensor) -> LinearOperat
         total, v = v.new_zeros(m, v.shape[1]), v.to(wide)
         for some_x, tokens in pieces():
             total += tokens.t() @ apply(some_x, v)
+        if not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"compress_: the weight gradient is NaN or infinite in layer {name!r}; check the data and the loss, "
+                "or use float32 or bfloat16"
+            )
         return total
 
     def rmatmul(u: Tensor) -> Tensor:
