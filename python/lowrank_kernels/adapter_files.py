@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, get_type_hints
@@ -28,15 +28,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .adapters import adapter_layers, check_free, first_names, install, matrix_shape, trained_modules, unsupported
 from .files import InputError, OutputError, PathLike, check_output, read_head, write_atomically
-from .nn import AdapterInfo, AdapterLayer, Factors, layer_class
+from .nn import AdapterInfo, AdapterLayer, Factors
 from .ops.three_factor import FACTOR_TYPES
 from .reference.core import core_product
-
-
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
-
 
 FORMAT_VERSION = 1
 _KEY = "lowrank_kernels_adapter"  # the only entry of the metadata: their order is not kept, the same adapter is the same file
@@ -55,8 +51,9 @@ class LoadReport(NamedTuple):
 
     adapter: str
     layers: tuple[str, ...]
-    added: tuple[str, ...]  # those that had no such adapter before
-    rounded: tuple[str, ...]  # those whose file is in another dtype than the model's adapter
+    added: bool  # False: the model had this adapter, and its values were replaced
+    rounded: tuple[str, ...]  # layers whose dtype is another one in the file
+    trained: tuple[str, ...]  # modules that were trained in full beside the adapter
     package_version: str  # that wrote the file
 
 
@@ -170,7 +167,7 @@ def export_lora(
     if folder is not None:
         base = base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
         config = json.dumps(_peft_config(model, layers, adapter, exported, base), indent=2).encode() + b"\n"
-        weights = safetensors.torch.save(_peft_tensors(layers, exported), {"format": "pt"})
+        weights = safetensors.torch.save(_peft_tensors(model, layers, exported), {"format": "pt"})
 
         def write_both(handle: BinaryIO) -> None:  # the config is on the disk before the weights are replaced
             handle.write(config)
@@ -226,8 +223,10 @@ def _check_peft(layers: Mapping[str, AdapterLayer]) -> None:
             )
 
 
-def _peft_tensors(layers: Mapping[str, AdapterLayer], exported: Mapping[str, LoRAFactors]) -> dict[str, Tensor]:
-    tensors = {}
+def _peft_tensors(
+    model: nn.Module, layers: Mapping[str, AdapterLayer], exported: Mapping[str, LoRAFactors]
+) -> dict[str, Tensor]:
+    tensors = {f"base_model.model.{key}": value for key, value in _trained_tensors("export_lora", model).items()}
     for name, (a, b, _) in exported.items():
         base, key = layers[name].base_layer, f"base_model.model.{name}.lora_"
         if isinstance(base, nn.Embedding):
@@ -267,7 +266,7 @@ def _peft_config(
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(trained_modules(model)) or None,
         "inference_mode": True,
     }
 
@@ -278,7 +277,7 @@ def _peft_config(
 class _Place(NamedTuple):
     """What a layer must be for an adapter to fit."""
 
-    base: str  # class of the base layer
+    base: str  # class of the layer without adapters
     weight_shape: tuple[int, ...]
     matrix_shape: tuple[int, ...]
 
@@ -289,7 +288,7 @@ class _Place(NamedTuple):
 class _SavedLayer(NamedTuple):
     info: AdapterInfo
     place: _Place
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # by kind
 
 
 class _Saved(NamedTuple):
@@ -297,13 +296,14 @@ class _Saved(NamedTuple):
     model: str  # class of the model
     package_version: str
     layers: dict[str, _SavedLayer]
+    trained: dict[str, dict[str, Tensor]]  # module -> its state_dict
 
 
 def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None, overwrite: bool = False) -> None:
-    """Save an adapter of a model as one ``.safetensors`` file, bit for bit.
+    """Save an adapter, and the modules trained in full beside it, as one ``.safetensors`` file, bit for bit.
 
     Args:
-        model: with adapters; its base weights are not saved.
+        model: with adapters; its frozen weights are not saved.
         path: the file; the folder must exist.
         adapter: which one; by default the only one, or the active one.
         overwrite: replace an existing file.
@@ -313,14 +313,15 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
         OutputError: the file exists or cannot be written; the old file, or none, is there.
 
     Note:
-        The same adapter gives the same bytes. Safe while adapters are merged.
+        The same adapter gives the same bytes, also while it is merged.
 
     Example:
         >>> import tempfile, torch
         >>> from pathlib import Path
         >>> from lowrank_kernels.adapter_files import load_adapter, save_adapter
-        >>> from lowrank_kernels.nn import DeepLoRALinear
-        >>> model, other = (torch.nn.Sequential(DeepLoRALinear.from_linear(torch.nn.Linear(6, 4), 2)) for _ in range(2))
+        >>> from lowrank_kernels.adapters import adapt
+        >>> model, other = (torch.nn.Sequential(torch.nn.Linear(6, 4)) for _ in range(2))
+        >>> report = adapt(model, rank=2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_adapter(model, Path(folder, "adapter.safetensors"))
         ...     report = load_adapter(other, Path(folder, "adapter.safetensors"))
@@ -329,21 +330,18 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
     """
     check_output(path, overwrite, (".safetensors",))
     adapter, layers = _chosen("save_adapter", model, adapter)
-    tensors, described = {}, {}
+    tensors, described = _trained_tensors("save_adapter", model), {}
     for name, layer in layers.items():
         described[name] = {**_place(layer)._asdict(), "info": asdict(layer.adapters[adapter])}
         for kind, parameter in layer.adapter_parameters(adapter).items():
-            try:
-                _check_finite("save_adapter", kind, parameter)
-            except ValueError as error:
-                raise ValueError(f"{error} (layer {name!r})") from None
-            tensors[f"{name}.{kind}"] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"{name}.{kind}"] = _copy("save_adapter", f"{name}.{kind}", parameter)
     config = {
         "format_version": FORMAT_VERSION,
         "package_version": _package_version(),
         "adapter": adapter,
         "model": type(model).__name__,
         "layers": described,
+        "trained": trained_modules(model),
     }
     data = safetensors.torch.save(tensors, {_KEY: json.dumps(config, allow_nan=False)})
     write_atomically(path, lambda handle: handle.write(data), overwrite)
@@ -352,8 +350,8 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
 def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None) -> LoadReport:
     """Load a file of :func:`save_adapter`; all of it, or nothing is changed.
 
-    Where the model has no adapters it is adapted as the file says, where its layers lack this adapter they get it (inactive
-    beside others: ``set_adapter``), and where they have it the values are replaced.
+    A model without this adapter gets it as the file says, beside others it may have, and it becomes the active one. A model
+    that has it gets the values. Modules that were trained in full get theirs.
 
     Args:
         model: the base model, or an adapted one.
@@ -362,49 +360,49 @@ def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
 
     Raises:
         InputError: a file that is truncated, of another format or version, or damaged; that holds values that are not
-            finite; that was saved from another model (all layers that do not fit are named); adapters that are merged.
+            finite; that was saved from another model (the layers that do not fit are named); adapters that are merged.
 
     Note:
-        Bit for bit, unless the model's adapter has another dtype (the report lists where). Nothing random is drawn from
-        torch's own generator.
+        Bit for bit, unless the model is of another dtype (the report lists where). Nothing is drawn from torch's own
+        random generator.
     """
     saved = _read(path)
     adapter = saved.adapter if adapter is None else adapter
-    layers = adapter_layers(model)
-    problems = _misfits(model, saved, adapter, layers)
+    added = all(adapter not in layer.adapters for layer in adapter_layers(model).values())
+    problems = list(_misfits(model, saved, adapter, added))
     if problems:
         raise InputError(
             f"{path}: does not fit this model (a {type(model).__name__}, the file is of a {saved.model}): "
             f"{_some(problems)}; nothing was loaded"
         )
-    added = tuple(name for name in saved.layers if name not in layers or adapter not in layers[name].adapters)
+    dtypes = {name: _dtype(first_names(model).get(name, model), adapter, entry, added) for name, entry in saved.layers.items()}
     try:
-        if layers:
-            for name in added:
-                _add(layers[name], adapter, saved.layers[name])
-            values, rounded = _values(saved, adapter, layers)
-        else:
-            _adapt(model, adapter, saved)
-            values, rounded = _values(saved, adapter, adapter_layers(model))
-    except BaseException as error:
-        if not layers and adapter_layers(model):
-            from .adapters import unadapt
-
-            unadapt(model)
-        for name in added:
-            if name in layers and adapter in layers[name].adapters:
-                layers[name].delete_adapter(adapter)
-        if isinstance(error, TypeError | ValueError | RuntimeError):
-            raise InputError(f"{path}: {error}; nothing was loaded") from error
-        raise
+        cast = {name: _cast(name, entry.tensors, dtypes[name]) for name, entry in saved.layers.items()}
+        if added:
+            check_free("load_adapter", model, adapter)
+            plan = {
+                name: {"method": info.method, "dtype": dtypes[name], **info.options}
+                for name, (info, _, _) in saved.layers.items()
+            }
+            install(model, plan, adapter, trained=tuple(saved.trained))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}; nothing was loaded") from error
+    layers = adapter_layers(model)
+    targets = {name: layers[name].adapter_parameters(adapter) for name in cast}
+    targets |= {name: model.get_submodule(name).state_dict() for name in saved.trained}
     with torch.no_grad():
-        for parameter, value in values:
-            parameter.copy_(value)
-    return LoadReport(adapter, tuple(saved.layers), added, rounded, saved.package_version)
+        for name, values in (cast | saved.trained).items():
+            for kind, value in values.items():
+                targets[name][kind].copy_(value)
+    rounded = tuple(
+        name for name, (_, _, tensors) in saved.layers.items() if {t.dtype for t in tensors.values()} != {dtypes[name]}
+    )
+    return LoadReport(adapter, tuple(saved.layers), added, rounded, tuple(saved.trained), saved.package_version)
 
 
-def _place(layer: AdapterLayer) -> _Place:
-    return _Place(type(layer.base_layer).__name__, tuple(layer.weight.shape), tuple(layer.matrix_shape))
+def _place(module: nn.Module) -> _Place:
+    base: Any = module.base_layer if isinstance(module, AdapterLayer) else module
+    return _Place(type(base).__name__, tuple(base.weight.shape), tuple(matrix_shape(module)))
 
 
 def _package_version() -> str:
@@ -423,13 +421,13 @@ def _read(path: PathLike) -> _Saved:
         raise InputError(f"{path}: a pickle (torch.save); reading one can run code, only files of save_adapter are read")
     try:
         tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: truncated, or not a safetensors file ({error}); copy it again") from None
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     text = header.get("__metadata__", {}).get(_KEY)
     if text is None:
         raise InputError(
-            f"{path}: a safetensors file, but not of save_adapter (PEFT's load with peft.PeftModel.from_pretrained)"
+            f"{path}: a safetensors file, but not of save_adapter (PEFT's are loaded by peft.PeftModel.from_pretrained)"
         )
     try:
         return _parse(json.loads(text), tensors)
@@ -446,35 +444,35 @@ def _parse(config: Any, tensors: dict[str, Tensor]) -> _Saved:
         raise InputError(
             f"format version {version!r}, written by lowrank-kernels {written_by}; this one reads {FORMAT_VERSION}: {step}"
         )
-    types = get_type_hints(AdapterInfo)
-    layers, problems, unexpected = {}, [], dict(tensors)
+    for name in ("adapter", "model"):
+        if not isinstance(config[name], str):
+            raise TypeError(f"{name} is {config[name]!r}")
+    types, layers = get_type_hints(AdapterInfo), {}
+    problems = [f"{key} is not finite" for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     for name, entry in config["layers"].items():
         info = AdapterInfo(**entry["info"])
         for field, value in asdict(info).items():
             if not isinstance(value, types[field]):
-                raise TypeError(f"{field} of layer {name!r} is {value!r}")
+                raise TypeError(f"{field} of {name} is {value!r}")
         place = _Place(entry["base"], tuple(entry["weight_shape"]), tuple(entry["matrix_shape"]))
-        own = {}
-        for kind, shape in _shapes(info, place.matrix_shape).items():
-            key = f"{name}.{kind}"
-            value = unexpected.pop(key, None)
-            if value is None:
-                problems.append(f"{key} is missing")
-            elif value.shape != shape:
-                problems.append(f"{key} must be {shape}, got {tuple(value.shape)}")
-            elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-                problems.append(f"{key} holds values that are not finite numbers")
-            else:
-                own[kind] = value
+        shapes = _shapes(info, place.matrix_shape)
+        own = {kind: tensors.pop(f"{name}.{kind}") for kind in shapes if f"{name}.{kind}" in tensors}
+        problems += [f"{name}.{kind} is missing" for kind in shapes if kind not in own]
+        problems += [
+            f"{name}.{kind} must be {shapes[kind]}, got {tuple(value.shape)} of {value.dtype}"
+            for kind, value in own.items()
+            if value.shape != shapes[kind] or value.dtype not in FACTOR_TYPES
+        ]
         layers[name] = _SavedLayer(info, place, own)
-    problems += [f"{key} belongs to no layer" for key in unexpected]
-    if problems:
-        raise InputError(_some(problems))
-    if not layers:
-        raise InputError("no layers in it")
-    if not isinstance(config["adapter"], str):
-        raise TypeError(f"adapter is {config['adapter']!r}")
-    return _Saved(config["adapter"], str(config["model"]), written_by, layers)
+    trained = {}
+    for name in config["trained"]:
+        prefix = f"{name}."
+        keys = [key for key in tensors if key.startswith(prefix)]
+        trained[name] = {key.removeprefix(prefix): tensors.pop(key) for key in keys}
+    problems += [f"{key} belongs to no layer" for key in tensors]
+    if problems or not layers:
+        raise InputError(f"{_some(problems) or 'no layers in it'}; save it again")
+    return _Saved(config["adapter"], config["model"], written_by, layers, trained)
 
 
 def _shapes(info: AdapterInfo, matrix_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -491,97 +489,59 @@ def _shapes(info: AdapterInfo, matrix_shape: tuple[int, ...]) -> dict[str, tuple
 # Fitting it to a model.
 
 
-def _misfits(model: nn.Module, saved: _Saved, adapter: str, layers: Mapping[str, AdapterLayer]) -> list[str]:
-    """Every reason why the file does not fit the model, without a change to it."""
-    problems, modules = [], dict(model.named_modules())
+def _misfits(model: nn.Module, saved: _Saved, adapter: str, added: bool) -> Iterator[str]:
+    """Every reason why the file does not fit the model."""
+    layers = adapter_layers(model)
+    modules = {**first_names(model), **layers}
     for name, (info, place, _) in saved.layers.items():
-        module = modules.get(name)
+        module, layer = modules.get(name), layers.get(name)
         if module is None:
-            problems.append(f"there is no layer {name!r}")
-            continue
-        layer = layers.get(name)
-        if layer is None and layers:
-            problems.append(f"{name!r} is not adapted; unadapt(model) first, then everything is adapted as saved")
-            continue
-        try:
-            here = _place(layer) if layer is not None else _plain_place(module, info.method)
-        except TypeError as error:
-            problems.append(f"{name!r}: {error}")
-            continue
-        if here != place:
-            problems.append(f"{name!r} must be {place}, is {here}")
-        elif layer is not None:
-            problems += [f"{name!r} {reason}" for reason in _misfit(layer, adapter, info)]
-    problems += [
-        f"{name!r} has an adapter {adapter!r}, the file has none for it"
-        for name, layer in layers.items()
-        if adapter in layer.adapters and name not in saved.layers
-    ]
-    return problems
+            yield f"there is no layer {name!r}"
+        elif added and (reason := unsupported(module, info.method)):
+            yield f"{name!r}: {reason}"
+        elif not added and (layer is None or adapter not in layer.adapters):
+            yield f"{name!r} has no adapter {adapter!r}, others have; delete_adapter(model, {adapter!r}) first"
+        elif _place(module) != place:
+            yield f"{name!r} must be {place}, is {_place(module)}"
+        elif (module.base_layer if layer else module).weight.is_meta:  # type: ignore[union-attr]
+            yield f"{name!r} is on the meta device; give it storage first, model.to_empty(device=...)"
+        elif layer is not None and not added:
+            yield from (f"{name!r} {reason}" for reason in _differences(layer, adapter, info))
+    for name, layer in layers.items():
+        if adapter in layer.adapters and name not in saved.layers:
+            yield f"{name!r} has an adapter {adapter!r}, the file has none for it"
+    names = dict(model.named_modules())
+    for name, tensors in saved.trained.items():
+        own = names[name].state_dict() if name in names else {}
+        if {key: value.shape for key, value in tensors.items()} != {key: value.shape for key, value in own.items()}:
+            yield f"{name!r}, which was trained in full, is not there or has other shapes"
 
 
-def _plain_place(module: nn.Module, method: str) -> _Place:
-    cls = layer_class(module, method)
-    return _Place(type(module).__name__, tuple(module.weight.shape), cls._matrix_shape(module))  # type: ignore[arg-type]
-
-
-def _misfit(layer: AdapterLayer, adapter: str, info: AdapterInfo) -> Iterable[str]:
+def _differences(layer: AdapterLayer, adapter: str, info: AdapterInfo) -> Iterator[str]:
     if layer.merged:
         yield f"has {', '.join(layer.merged_adapters)} merged; call unmerge() first"
-    if layer.weight.is_meta:
-        yield "is on the meta device"
-    if layer.method != info.method:
-        yield f"is adapted by {layer.method}, the file by {info.method}"
-    elif adapter in layer.adapters:
-        own = layer.adapters[adapter]
-        alike = replace(info, dropout=own.dropout, init_scale=own.init_scale)  # these two change nothing that was learnt
-        differing = [f"{field} {value}, here {asdict(own)[field]}" for field, value in asdict(alike).items()
-                     if value != asdict(own)[field]]  # fmt: skip
-        if differing:
-            yield f"was saved with {', '.join(differing)}; delete_adapter({adapter!r}) first, or load under another name"
+    own = {"method": layer.method, **layer.adapters[adapter].options}
+    theirs = {"method": info.method, **info.options}
+    differing = [key for key in theirs if own.get(key) != theirs[key] and key not in ("init_scale", "dropout")]
+    if differing:  # the two left out say how to train, not what was learnt
+        words = ", ".join(f"{key} {theirs[key]}, not {own.get(key)}" for key in differing)
+        yield f"was saved with {words}; delete_adapter(model, {adapter!r}) first, or load it under another name"
 
 
-def _adapt(model: nn.Module, adapter: str, saved: _Saved) -> None:
-    """Adapt a plain model as saved: the layers differ in rank and other options, so each gets its own after all are there."""
-    infos = [entry.info for entry in saved.layers.values()]
-    method, *others = {info.method for info in infos}
-    if others:
-        raise ValueError(
-            f"its layers are of several methods ({', '.join([method, *others])}); adapt(model) by each of them first"
-        )
-    from .adapters import adapt
-
-    names = "|".join(map(re.escape, saved.layers))
-    adapt(model, min(info.rank for info in infos), target_modules=names, method=method, adapter=adapter, strict=True)
-    for name, layer in adapter_layers(model).items():
-        layer.delete_adapter(adapter)
-        _add(layer, adapter, saved.layers[name])
+def _dtype(module: nn.Module, adapter: str, saved: _SavedLayer, added: bool) -> torch.dtype:
+    """Of the adapter in the model: as it is there, else as in the file where the base layer allows that."""
+    if isinstance(module, AdapterLayer) and not added:
+        return next(iter(module.adapter_parameters(adapter).values())).dtype
+    stored, allowed = next(iter(saved.tensors.values())).dtype, FACTOR_TYPES[module.weight.dtype]  # type: ignore[index]
+    return stored if stored in allowed else allowed[-1]
 
 
-def _add(layer: AdapterLayer, adapter: str, saved: _SavedLayer) -> None:
-    dtype = next(iter(saved.tensors.values())).dtype
-    allowed = FACTOR_TYPES[layer.weight.dtype]
-    generator = torch.Generator().manual_seed(0)  # all values are replaced
-    layer.add_adapter(adapter, **saved.info.options, dtype=dtype if dtype in allowed else None, generator=generator)
-    if layer.adapters[adapter] != saved.info:
-        raise ValueError(f"the settings {saved.info} contradict themselves, should be {layer.adapters[adapter]}")
-
-
-def _values(
-    saved: _Saved, adapter: str, layers: Mapping[str, AdapterLayer]
-) -> tuple[list[tuple[nn.Parameter, Tensor]], tuple[str, ...]]:
-    """Parameters with their new values, and the layers where these are rounded."""
-    values, rounded = [], []
-    for name, entry in saved.layers.items():
-        parameters = layers[name].adapter_parameters(adapter)
-        for kind, parameter in parameters.items():
-            value = entry.tensors[kind].to(parameter.dtype)
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name}.{kind} overflows in the model's {parameter.dtype}")
-            values.append((parameter, value))
-        if any(entry.tensors[kind].dtype != parameter.dtype for kind, parameter in parameters.items()):
-            rounded.append(name)
-    return values, tuple(rounded)
+def _cast(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    cast = {kind: value.to(dtype) for kind, value in tensors.items()}
+    for kind, value in cast.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}.{kind} overflows in {dtype}, the dtype of the model's adapter")
+    return cast
 
 
 # ---------------------------------------------------------------------- shared
@@ -604,6 +564,20 @@ def _chosen(function: str, model: nn.Module, adapter: str | None) -> tuple[str, 
     if adapter not in names:
         raise ValueError(f"{function}: no adapter {adapter!r}; there are: {', '.join(map(repr, names))}")
     return adapter, {name: layer for name, layer in layers.items() if adapter in layer.adapters}
+
+
+def _trained_tensors(function: str, model: nn.Module) -> dict[str, Tensor]:
+    """The values of the modules that are trained in full."""
+    return {
+        f"{name}.{key}": _copy(function, f"{name}.{key}", value)
+        for name in trained_modules(model)
+        for key, value in model.get_submodule(name).state_dict().items()
+    }
+
+
+def _copy(function: str, name: str, value: Tensor) -> Tensor:
+    _check_finite(function, name, value)
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _some(problems: list[str], limit: int = 6) -> str:
