@@ -292,6 +292,17 @@ def test_the_picture_shows_every_value():
     assert ratios.patches[0].get_width() == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("absolute", [0.0, 1e-2])
+def test_the_picture_of_zero_updates(tmp_path, absolute):
+    pytest.importorskip("matplotlib")
+    report = rank_report(LoRALinear(nn.Linear(7, 9), 4), absolute=absolute)
+    report.plot(tmp_path / "ranks.png")
+    values = report._figure().axes[0]
+    assert values.get_xlabel() == "singular values of the update (zeros at the left edge)"
+    assert len(values.lines) == (absolute > 0)
+    assert [label.get_text() for label in values.get_yticklabels()] == ["(the model)"]
+
+
 def test_pictures_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     report = rank_report(deep())
     with pytest.raises(files.InputError, match=r"can be written as .png, .pdf, .svg, got extension '.gif'"):

@@ -128,7 +128,9 @@ class RankReport:
         figure = Figure(figsize=(9.0, min(1.6 + 0.19 * count, 40.0)), layout="constrained")
         values, ratios = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
         drawn = [s for row in self.layers for s in row.singular_values if s > 0 and math.isfinite(s)]
-        floor = min([*drawn, self.absolute]) / 3  # zeros are drawn at the left edge
+        positive = [*drawn, *([self.absolute] if self.absolute else [])] or [1.0]
+        floor = max(min(positive) / 3, 1e-17 * max(positive))  # a logarithmic axis has no zero: what is below is drawn there
+        below = any(s < floor for row in self.layers for s in row.singular_values)
         for y, row in enumerate(self.layers):
             if row.absolute_rank is None:
                 values.text(
@@ -146,23 +148,26 @@ class RankReport:
             )
             if 0 < row.ratio < math.inf:
                 ratios.barh(y, row.ratio, height=0.7, color="#cc6677" if row.ratio > 1 else "#4477aa")
-        values.axvline(self.absolute, color="#cc6677", linestyle="--", linewidth=1.2)
-        values.annotate(
-            f"threshold {self.absolute:g}",
-            (self.absolute, 1),
-            xycoords=values.get_xaxis_transform(),
-            fontsize=7,
-            color="#cc6677",
-            xytext=(3, 3),
-            textcoords="offset points",
-        )
-        values.set(xscale="log", xlabel="singular values of the update", ylim=(count - 0.5, -0.5), yticks=range(count))
+        if self.absolute:
+            values.axvline(self.absolute, color="#cc6677", linestyle="--", linewidth=1.2)
+            values.annotate(
+                f"threshold {self.absolute:g}",
+                (self.absolute, 1),
+                xycoords=values.get_xaxis_transform(),
+                fontsize=7,
+                color="#cc6677",
+                xytext=(3, 3),
+                textcoords="offset points",
+            )
+        label = "singular values of the update" + (" (zeros at the left edge)" if below else "")
+        values.set(xscale="log", xlabel=label, ylim=(count - 0.5, -0.5), yticks=range(count))
         values.set_yticklabels(labels, fontsize=7)
         ratios.set(xlabel=r"$s_1(\Delta) \,/\, s_1(W)$")
         ratios.set_xlim(left=0)
         ratios.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         for axes in (values, ratios):
-            axes.grid(alpha=0.25, axis="both")
+            axes.grid(alpha=0.25)
+            axes.set_axisbelow(True)
             axes.tick_params(axis="x", labelsize=8)
             axes.spines[["top", "right"]].set_visible(False)
         return figure

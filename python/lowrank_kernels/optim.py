@@ -254,13 +254,17 @@ class DivergenceWatch:
         return self._bases[name]
 
     def _warn(self, name: str, ratio: float) -> None:
-        found = (
-            "has NaN or infinity" if math.isnan(ratio) else f"has s1(delta) = {ratio:.3g} s1(W), above {self._limit:g} s1(W)"
-        )
+        if math.isnan(ratio):
+            found = "has NaN or infinity: training diverged"
+        else:
+            found = (
+                f"has s1(delta) = {ratio:.3g} s1(W), above {self._limit:g} s1(W): it outweighs what the layer learned before, "
+                "training may be diverging"
+            )
         warnings.warn(
-            f"watch_divergence: the update of {name} {found}, after {self._steps} steps: training diverges. Lower lr (the "
-            "core's rate goes down with the rank: parameter_groups(reference_rank=8)), clip gradients, or start anew with a "
-            "smaller rank",
+            f"watch_divergence: after {self._steps} steps the update of {name} {found}. If the loss does not fall, lower lr "
+            "(the core's rate goes down with the rank: parameter_groups(reference_rank=8)), clip gradients, or start anew with "
+            "a smaller rank",
             stacklevel=4,
         )
 
