@@ -194,6 +194,18 @@ def test_modules_trained_in_full_come_along(tmp_path):
     refuse(smaller, tmp_path / "a.safetensors", "'block.down', which was trained in full, is not there or has other shapes")
 
 
+def test_buffers_of_a_trained_module_come_along(tmp_path):
+    model, other = (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(2))
+    other[0].load_state_dict(model[0].state_dict())
+    adapt(model, 2, target_modules=["0"], modules_to_train=["1", "2"], init_scale=0.5)
+    x = torch.randn(9, 4, generator=generator())
+    model(x)
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert load_adapter(other, tmp_path / "a.safetensors").trained == ("1", "2")
+    assert int(other[1].num_batches_tracked) == 1
+    assert torch.equal(model.eval()(x), other.eval()(x))
+
+
 def test_other_dtype_is_rounded_and_told(tmp_path):
     save_adapter(put(Host().double()), tmp_path / "a.safetensors")
     model = Host().bfloat16()
@@ -544,6 +556,11 @@ def test_export_refuses_what_peft_computes_otherwise(tmp_path):
         with pytest.raises(ValueError, match=r"PEFT would run '0' without its dilation .* use folder=None"):
             export_lora(model, tmp_path / "peft")
         assert export_lora(model)["0"].a.shape == (3, 12)
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    adapt(model, 2)
+    with pytest.raises(ValueError, match="'0' is shared, the model holds it under 2 names"):
+        export_lora(model, tmp_path / "peft")
     layer = layer_class(nn.Linear(4, 4), "lora").from_module(nn.Linear(4, 4), 2)
     with pytest.raises(ValueError, match="here the model itself is the layer"):
         export_lora(layer, tmp_path / "peft")

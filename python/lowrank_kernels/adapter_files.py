@@ -130,7 +130,7 @@ def export_lora(
 
     Raises:
         ValueError: no such adapter, factors that are not finite, or (with a folder) a layer that PEFT computes otherwise:
-            a dilated or non-zero padded convolution, or the model itself being the layer.
+            a dilated or non-zero padded convolution, a shared layer, or the model itself being the layer.
         OutputError: the files exist already or cannot be written; none is left half-written.
 
     Note:
@@ -150,7 +150,7 @@ def export_lora(
     """
     adapter, layers = _chosen("export_lora", model, adapter)
     if folder is not None:
-        _check_peft(layers)
+        _check_peft(model, layers)
         weights_path, config_path = Path(folder, "adapter_model.safetensors"), Path(folder, "adapter_config.json")
         if Path(folder).exists():
             if not Path(folder).is_dir():
@@ -208,13 +208,19 @@ def _exact(factors: Factors) -> LoRAFactors:
     return LoRAFactors(*_rounded("export_lora", right if product is None else product @ right, left * factors.scale, dtype))
 
 
-def _check_peft(layers: Mapping[str, AdapterLayer]) -> None:
-    """PEFT's convolution takes stride and padding from the base, neither dilation nor padding mode."""
+def _check_peft(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """PEFT's convolution takes stride and padding from the base, neither dilation nor padding mode; it adapts one name."""
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, layer in layers.items():
         base: Any = layer.base_layer
         if not name:
             raise ValueError(
                 "export_lora: PEFT adapts layers inside a model, here the model itself is the layer; use folder=None"
+            )
+        if places[id(layer)] > 1:
+            raise ValueError(
+                f"export_lora: {name!r} is shared, the model holds it under {places[id(layer)]} names, and PEFT would adapt it "
+                "under the first only; use folder=None for the factors, or save_adapter"
             )
         if getattr(base, "padding_mode", "zeros") != "zeros" or any(d != 1 for d in getattr(base, "dilation", ())):
             raise ValueError(
@@ -375,7 +381,8 @@ def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
             f"{path}: does not fit this model (a {type(model).__name__}, the file is of a {saved.model}): "
             f"{_some(problems)}; nothing was loaded"
         )
-    dtypes = {name: _dtype(first_names(model).get(name, model), adapter, entry, added) for name, entry in saved.layers.items()}
+    modules = {"": model, **first_names(model)}
+    dtypes = {name: _dtype(modules[name], adapter, entry, added) for name, entry in saved.layers.items()}
     try:
         cast = {name: _cast(name, entry.tensors, dtypes[name]) for name, entry in saved.layers.items()}
         if added:
