@@ -92,7 +92,7 @@ def adapt(
     *,
     method: str = "deeplora",
     exclude_modules: Pattern | None = None,
-    modules_to_train: Pattern | None = None,
+    modules_to_train: Pattern = (),
     adapter: str = "default",
     init_scale: float = 1e-3,
     alpha: float | None = None,
@@ -115,7 +115,7 @@ def adapt(
             model names it (``get_output_embeddings``); a list of names or ends of names; or one regular expression that
             matches whole names. Named layers may also be ``nn.Embedding``, ``nn.Conv1d`` and ``nn.Conv2d``.
         method: ``"deeplora"``, ``"lora"`` or ``"randlora"``.
-        exclude_modules: names, ends of names or a regular expression of layers to leave alone.
+        exclude_modules: the same, of layers to leave alone, or of modules to leave alone with all that is inside.
         modules_to_train: the same, of modules that are trained in full beside the adapters, such as a new head.
         adapter: name of the adapter; a second name adds a second adapter to the model, and makes it the active one.
         init_scale: every core starts as ``init_scale`` times the identity.
@@ -125,7 +125,7 @@ def adapt(
         dtype: of the factors; default float32 for half-precision layers, else the layer's.
         seed: every layer draws its start from ``(seed, its name)``, so neither order nor selection matters.
         rank_pattern: rank of the layers whose name, or end of name, matches the regular expression; the first match counts.
-        strict: refuse what would be skipped.
+        strict: an error where a matched layer cannot be adapted, instead of a reason in the report.
 
     Returns:
         The report: ``adapted``, ``skipped`` with reasons, ``trainable`` and ``total`` parameters; ``print`` it.
@@ -135,10 +135,11 @@ def adapt(
             than a layer, nothing left to adapt. The model is as it was then.
 
     Note:
-        Skipped with the reason: quantized and parametrized layers, subclasses of the known ones, layers with hooks, tied
-        weights, and those whose weight another module reads past ``forward`` (``nn.MultiheadAttention.out_proj``, the
-        linears of ``nn.TransformerEncoderLayer``). On a meta model the factors are on meta too: give them storage with
-        ``to_empty`` and values with ``reset_parameters`` or :func:`lowrank_kernels.load_adapter`.
+        Skipped with the reason: quantized and parametrized layers, subclasses of the known ones, tied weights, and those
+        whose weight another module reads past ``forward`` (``nn.MultiheadAttention.out_proj``; the linears of
+        ``nn.TransformerEncoderLayer`` while its fast path is enabled). A layer under several names becomes one. On a meta
+        model the factors are on meta too: give them storage with ``to_empty`` and values with ``reset_parameters`` or
+        :func:`lowrank_kernels.load_adapter`.
 
     Example:
         >>> import torch, lowrank_kernels as lrk
@@ -162,13 +163,17 @@ def adapt(
         raise ValueError(f"adapt: scale belongs to method='deeplora', got scale={scale} with method={method!r}; use alpha")
     check_free("adapt", model, adapter)
     names = first_names(model)
-    trained = _matching("modules_to_train", modules_to_train, names)
-    candidates, skipped = _targets(model, method, names, target_modules, exclude_modules, trained)
-    if strict and skipped:
+    trained = _matching("modules_to_train", modules_to_train, model)
+    held = [name for name in names if isinstance(names[name], AdapterLayer) and _within(name, trained)]
+    if held:
+        raise ValueError(f"adapt: modules_to_train holds adapted layers, such as {held[0]}; leave them out or unadapt() first")
+    candidates, left_out, refused = _targets(model, method, names, target_modules, exclude_modules, trained)
+    if strict and refused:
         raise ValueError(
-            f"adapt: strict=True, and {len(skipped)} of the targeted layers cannot be adapted: "
-            + "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+            f"adapt: strict=True, and {len(refused)} of the targeted layers cannot be adapted: "
+            + "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         )
+    skipped = {**left_out, **refused}
     if not candidates:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
         raise ValueError(f"adapt: target_modules={target_modules!r} leaves nothing to adapt: {reasons or 'no such layer'}")
@@ -192,12 +197,16 @@ def _seeded(seed: int, name: str) -> torch.Generator:
 
 
 def _places(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, _Place]]:
-    """Every name below a module, also second names of shared modules; nothing inside an adapted layer."""
+    """Every name below a module, also second names of shared modules; nothing inside an adapted layer, ours or PEFT's."""
     for key, child in module._modules.items():
         if child is not None:
             yield prefix + key, _Place(module, key, child)
-            if not isinstance(child, AdapterLayer):
+            if not isinstance(child, AdapterLayer) and not _is_peft(child):
                 yield from _places(child, f"{prefix}{key}.")
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return hasattr(type(module), "adapter_layer_names")
 
 
 def first_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -208,11 +217,11 @@ def first_names(model: nn.Module) -> dict[str, nn.Module]:
     return dict(names.values())
 
 
-def _matching(argument: str, pattern: Pattern | None, names: Iterable[str]) -> list[str]:
-    """The names that a list of names or endings, or a regular expression over whole names, means."""
-    if pattern is None:
-        return []
-    names = list(names)
+def _matching(argument: str, pattern: Pattern, model: nn.Module, only: Iterable[nn.Module] | None = None) -> list[str]:
+    """First names of the modules that a list of names or endings, or a regular expression over whole names, means."""
+    allowed = None if only is None else set(map(id, only))
+    modules = {name: place.module for name, place in _places(model) if allowed is None or id(place.module) in allowed}
+    names = list(modules)
     if isinstance(pattern, str):
         try:
             expression = re.compile(pattern)
@@ -227,8 +236,13 @@ def _matching(argument: str, pattern: Pattern | None, names: Iterable[str]) -> l
         if not found:
             near = nearest(given, names)
             raise ValueError(f"adapt: {argument} {given!r} matches no module, {rule}; the nearest names are {near}")
-    wanted = {name for found in hits.values() for name in found}
-    return [name for name in names if name in wanted]
+    wanted = {id(modules[name]) for found in hits.values() for name in found}
+    return [name for name, module in first_names(model).items() if id(module) in wanted]
+
+
+def _within(name: str, heads: Iterable[str]) -> bool:
+    """Whether it is one of these modules or inside one."""
+    return any(f"{name}.".startswith(f"{head}.") for head in heads)
 
 
 def nearest(given: str, names: Iterable[str], count: int = 3) -> str:
@@ -244,10 +258,19 @@ def _is_linear(module: nn.Module) -> bool:
     return Linear._hosts(base) or (has_width and "linear" in type(base).__name__.lower())
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """What a target can mean: no container, and nothing without parameters such as a dropout or an activation."""
+    hosts = (AdapterLayer, nn.Embedding, nn.Conv1d, nn.Conv2d)
+    leaf = not module._modules and any(parameter is not None for parameter in module._parameters.values())
+    return leaf or isinstance(module, hosts) or _is_linear(module) or _is_peft(module)
+
+
 def unsupported(module: nn.Module, method: str) -> str | None:
     """Why the module cannot take an adapter of the method, or None."""
     if isinstance(module, AdapterLayer):
         return None if module.method == method else f"it holds {module.method} adapters, and a layer takes one method"
+    if _is_peft(module):
+        return "it is adapted by PEFT"
     try:
         layer_class(module, method)
     except TypeError as error:
@@ -267,40 +290,46 @@ def _targets(
     wanted: Pattern,
     exclude: Pattern | None,
     trained: Sequence[str],
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to adapt, and those that match but cannot be, with the reason."""
+) -> tuple[dict[str, nn.Module], dict[str, str], dict[str, str]]:
+    """The layers to adapt; with the reason, those that are to be left out; and those that cannot be adapted."""
     if wanted == "all-linear":
         matched = [name for name, module in names.items() if _is_linear(module)]
     else:
-        matched = _matching("target_modules", wanted, names)
-    excluded = set(_matching("exclude_modules", exclude, names))
+        matched = _matching("target_modules", wanted, model, filter(_is_layer, names.values()))
+    excluded = () if exclude is None else _matching("exclude_modules", exclude, model)
+    trained = [*trained_modules(model), *trained]
     outputs = set(_output_embeddings(model)) if wanted == "all-linear" else set()
     owners: dict[int, list[str]] = {}
-    readers: dict[int, nn.Module] = {}  # id of a layer -> the module that may read its weight past forward()
+    readers: dict[int, str] = {}  # id of a layer -> which module reads its weight past forward()
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
-        if isinstance(module, nn.TransformerEncoderLayer):
-            readers |= {id(child): module for child in module.children()}
-    adapted, skipped = {}, {}
+        if isinstance(module, nn.MultiheadAttention):
+            readers |= dict.fromkeys(map(id, module.children()), "its nn.MultiheadAttention reads its weight past forward()")
+        if isinstance(module, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            readers |= dict.fromkeys(
+                map(id, module.children()),
+                "nn.TransformerEncoderLayer reads its weight past forward() in inference; call "
+                "torch.backends.mha.set_fastpath_enabled(False) before adapt(), and leave it so",
+            )
+    adapted, left_out, refused = {}, {}, {}
     for name in matched:
         module = names[name]
-        if name in excluded:
-            continue
-        if any(f"{name}.".startswith(f"{whole}.") for whole in trained):
-            skipped[name] = "trained in full (modules_to_train)"
+        if _within(name, excluded):
+            left_out[name] = "excluded (exclude_modules)"
+        elif _within(name, trained):
+            left_out[name] = "trained in full (modules_to_train)"
         elif id(module) in outputs:
-            skipped[name] = "the output embedding"
+            left_out[name] = "the output embedding"
         elif id(module) in readers:
-            skipped[name] = f"{type(readers[id(module)]).__name__} reads its weight past forward() in inference"
+            refused[name] = readers[id(module)]
         elif reason := unsupported(module, method):
-            skipped[name] = reason
-        elif len(owners[id(module.weight)]) > 1:
-            others = (owner for owner in owners[id(module.weight)] if owner != name)
-            skipped[name] = f"its weight is tied to that of {next(others)}"
+            refused[name] = reason
+        elif others := [owner for owner in owners[id(module.weight)] if owner not in (name, f"{name}.base_layer")]:
+            refused[name] = f"its weight is tied to that of {others[0]}"
         else:
             adapted[name] = module
-    return adapted, skipped
+    return adapted, left_out, refused
 
 
 def _output_embeddings(model: nn.Module) -> Iterator[int]:
@@ -348,6 +377,8 @@ def check_free(function: str, model: nn.Module, adapter: str) -> None:
         )
     if isinstance(model, AdapterLayer):
         raise ValueError(f"{function}: the model is itself an adapted layer; use its add_adapter()")
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise ValueError(f"{function}: the model has lazy layers without parameters yet; call the model once first")
     layers = adapter_layers(model)
     taken = [name for name, layer in layers.items() if adapter in layer.adapters]
     if taken:
@@ -366,6 +397,7 @@ def install(
     """Put adapters with the options ``plan[name]`` into a model, all or none, make them active and freeze the rest."""
     names = first_names(model)
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    original = _original_flags(model)
     made: dict[int, AdapterLayer] = {}
     added: list[AdapterLayer] = []
     try:
@@ -384,7 +416,7 @@ def install(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
         raise
-    memory: _Memory = model.__dict__.setdefault(_MEMORY, _Memory(flags))
+    memory: _Memory = model.__dict__.setdefault(_MEMORY, _Memory(original))
     memory.trained = tuple(dict.fromkeys((*memory.trained, *trained)))
     for _, place in list(_places(model)):
         if id(place.module) in made:
@@ -396,6 +428,18 @@ def install(
     for parameter in model.parameters():
         if id(parameter) not in free:
             parameter.requires_grad_(id(parameter) in whole and parameter.is_floating_point())
+
+
+def _original_flags(model: nn.Module) -> dict[str, bool]:
+    """``requires_grad`` by the names without adapters; where a part of the model was adapted before, as it was before that."""
+    flags = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        flags[name.replace(".base_layer.", ".")] = parameter.requires_grad
+    for prefix, module in reversed(list(model.named_modules())):  # the outermost memory last: it looked inside when it began
+        if _MEMORY in module.__dict__:
+            inner = module.__dict__[_MEMORY].requires_grad
+            flags |= {f"{prefix}.{name}".removeprefix("."): flag for name, flag in inner.items()}
+    return flags
 
 
 def trained_modules(model: nn.Module) -> tuple[str, ...]:
@@ -427,10 +471,10 @@ def _put_back(model: nn.Module, layers: Iterable[AdapterLayer]) -> None:
     for _, place in list(_places(model)):
         if id(place.module) in wanted:
             place.parent._modules[place.key] = place.module.base_layer  # type: ignore[assignment]
-    for module in model.modules():  # adapt() may have been called on a part of this model
+    for module in reversed(list(model.modules())):  # adapt() may have been called on a part of this model; the whole comes last
         if _MEMORY in module.__dict__ and not adapter_layers(module):
             memory: _Memory = module.__dict__.pop(_MEMORY)
-            for name, parameter in module.named_parameters():
+            for name, parameter in module.named_parameters(remove_duplicate=False):
                 parameter.requires_grad_(memory.requires_grad.get(name, parameter.requires_grad))
 
 
@@ -521,6 +565,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """
     layers = _adapted("set_adapter", model)
     names = [names] if isinstance(names, str) else list(names)
+    if len(set(names)) != len(names):
+        raise ValueError(f"set_adapter: names must differ, got {', '.join(names)}")
     for name in names:
         _with_adapter("set_adapter", layers, name)
     for layer in layers.values():
