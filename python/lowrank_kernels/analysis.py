@@ -226,7 +226,7 @@ def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1
     Note:
         The update's values are float64, exact to rounding; O((out + in) k^2) work a layer. s1(W) is that of the weight
         without merged adapters, by a seeded randomized range finder with 12 power steps in the weight's dtype (float32 for
-        half precision), to about 1e-4. A RandLoRA layer, of full rank, costs a full SVD.
+        half precision), to 1e-3 or better. A RandLoRA layer, of full rank, costs a full SVD.
 
     Example:
         >>> import torch, lowrank_kernels as lrk
@@ -237,7 +237,7 @@ def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1
         >>> row.singular_values, row.absolute_rank, row.stable_rank
         ((1.0, 1.0), 2, 2.0)
 
-    Source: the count above 1e-2 is how Yaras et al., ICML 2024, arXiv:2406.04112, figure 1, show the rank of an update.
+    Source: the question, how much of its rank an update uses, is that of Yaras et al., ICML 2024, arXiv:2406.04112, section 4.
     """
     for argument, value in (("absolute", absolute), ("relative", relative)):
         if not 0 <= value < math.inf:

@@ -11,7 +11,7 @@ for left and right. Two things a user would not guess, measured on STS-B with Mi
   of their gradient; far above, Adam takes all at the same size, noise included. A larger one holds the start: in a
   regression of width 96 and loss 5e-3 the loss fell within 100 steps with 1e-6 and not in 300 with 1e-5.
 
-Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4 and appendix; Hayou et al., ICML 2024, arXiv:2402.12354.
+Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4; Hayou et al., ICML 2024, arXiv:2402.12354.
 """
 
 from __future__ import annotations
