@@ -20,6 +20,11 @@ METHODS = ["deeplora", "lora", "randlora"]
 OPTIONS = {"deeplora": {"depth": 3, "init_scale": 0.4, "scale": 1.5}, "lora": {"alpha": 6.0}, "randlora": {"alpha": 2.0}}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # tiny layers: threads only wait for each other
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
