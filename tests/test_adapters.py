@@ -15,6 +15,11 @@ from lowrank_kernels.nn import AdapterLayer, DeepLoRALinear, LoRALinear
 METHODS = ["deeplora", "lora", "randlora"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # the models are tiny; conftest restores
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -689,6 +694,55 @@ def test_an_adapted_model_trains(method):
     assert losses[-1] < 0.9 * losses[0]
     lrk.unadapt(model)
     assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part_first", [True, False], ids=["part-first", "whole-first"])
+def test_flags_come_back_whichever_was_adapted_first(part_first):
+    model = Model()
+    model.blocks[1].norm.weight.requires_grad_(False)
+    before = snapshot(model)
+    order = [model.blocks, model] if part_first else [model, model.blocks]
+    lrk.adapt(order[0], rank=2)
+    lrk.adapt(order[1], rank=2, adapter="second")
+    lrk.unadapt(model)
+    assert_same(model, before)
+
+
+def test_excluding_a_container_excludes_what_is_inside():
+    report = lrk.adapt(Model(), rank=2, exclude_modules=["blocks.0", "head"])
+    assert set(report.skipped) == {"blocks.0.query", "blocks.0.value", "head.1"}
+
+
+def test_a_shared_module_is_found_under_any_of_its_names():
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    assert lrk.adapt(model, rank=2, target_modules=["second"]).adapted == ("first",)
+    assert isinstance(model["first"], AdapterLayer)
+    assert model["first"] is model["second"]
+
+
+def test_encoder_layers_are_adapted_without_their_fast_path():
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+        x = torch.ones(1, 3, 8)
+        with torch.no_grad():
+            before = model(x)
+            assert lrk.adapt(model, rank=2).adapted == ("0.linear1", "0.linear2")
+            assert not torch.allclose(shake(model)(x), before, atol=1e-3)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def test_names_given_twice_and_adapted_layers_to_train_are_refused():
+    model = Model()
+    lrk.adapt(model, rank=2, target_modules=["query"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="set_adapter: names must differ, got default, default"):
+        lrk.set_adapter(model, ["default", "default"])
+    assert_same(model, before)
+    refused(model, "modules_to_train holds adapted layers, such as blocks.0.query", adapter="b", modules_to_train=["query"])
 
 
 # ---------------------------------------------------------------------- transformers
