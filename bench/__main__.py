@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .harness import DATA, Session, Skipped, machine_slug, print_table, warn_if_busy
 
-BENCHES = ("completion", "three_factor", "training", "peers")
+BENCHES = ("completion", "three_factor", "compress", "training", "peers")
 
 
 def main(arguments: list[str] | None = None) -> int:
