@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from .completion import DeepMatrixCompletion
     from .imputer import LowRankImputer
     from .initialization import compress_
+    from .nn import DeepLoRALinear, LoRALinear, RandLoRALinear
     from .optim import AdamWithSGD, parameter_groups, watch_divergence
 
 __version__ = "0.1.0"
 __all__ = [
     "AdamWithSGD",
     "CompressedFactors",
+    "DeepLoRALinear",
     "DeepMatrixCompletion",
+    "LoRALinear",
     "LowRankImputer",
     "ObservedEntries",
+    "RandLoRALinear",
     "__version__",
     "adapt",
     "adapter_layers",
@@ -56,6 +60,7 @@ _LAZY = {
     "completion": ("DeepMatrixCompletion",),
     "imputer": ("LowRankImputer",),
     "initialization": ("compress_",),
+    "nn": ("DeepLoRALinear", "LoRALinear", "RandLoRALinear"),
     "optim": ("AdamWithSGD", "parameter_groups", "watch_divergence"),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
