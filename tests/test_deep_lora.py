@@ -102,7 +102,7 @@ def test_training_learns_and_leaves_as_plain_lora(task: tuple[Transformer, Tenso
             weight += factors.b @ factors.a
     torch.testing.assert_close(exported(tokens), wanted, atol=1e-5, rtol=1e-5)
     lrk.merge_and_unload(deep)
-    assert not lrk.nn.AdapterLayer.__subclasses__() or not [m for m in deep.modules() if isinstance(m, lrk.nn.AdapterLayer)]
+    assert not [m for m in deep.modules() if isinstance(m, lrk.nn.AdapterLayer)]
     torch.testing.assert_close(deep(tokens), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -111,9 +111,9 @@ def test_frozen_outer_factors_keep_every_bit(task: tuple[Transformer, Tensor, Te
     before = {name: (f.left.clone(), f.right.clone()) for name, f in factors(model)}
     list(losses(model, *task[1:], steps=20, lr=3e-2, gamma=0.0))
     moved = dict(factors(model))
-    assert all(
-        torch.equal(moved[name].left, left) and torch.equal(moved[name].right, right) for name, (left, right) in before.items()
-    )
+    for name, (left, right) in before.items():
+        assert torch.equal(moved[name].left, left)
+        assert torch.equal(moved[name].right, right)
     report = lrk.rank_report(model)
     assert all(row.norm > 2e-3 for row in report.layers), "the cores did not move"
 
