@@ -289,7 +289,8 @@ def _quiet(model: nn.Module, sketches: Iterable[_Sketch]) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # compiled code would pass the hooks by
+        # Compiled code would pass the hooks by; set_stance came with torch 2.6.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
