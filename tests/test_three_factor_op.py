@@ -112,7 +112,8 @@ def test_no_less_accurate_than_plain_pytorch(dtype: torch.dtype) -> None:
     cases = [case for case in THREE_FACTOR_CASES if case.dtype == dtype]
     ratio, count = error_ratio(cases[:: 2 if dtype == torch.float16 else 1])  # half precision products are slow on a CPU
     assert count > 50
-    assert ratio <= 1.0, f"{ratio:.3f} times the error of plain PyTorch, geometric mean of {count} results"
+    # 0.97, 0.99, 0.13 and 0.19 where it was measured; another processor's BLAS and vectors sum in another order.
+    assert ratio <= 1.05, f"{ratio:.3f} times the error of plain PyTorch, geometric mean of {count} results"
 
 
 @paths

@@ -23,7 +23,7 @@ def core_gradients(core: Tensor, grad_product: Tensor) -> Tensor:
     """
     depth = core.shape[0]
     if depth == 0:
-        return core
+        return torch.zeros_like(core)  # not core itself: an op must not return its argument
     layers = core.unbind()
     prefixes = [layers[0]]  # prefixes[l] = core[l] @ ... @ core[0]
     for layer in layers[1:-1]:

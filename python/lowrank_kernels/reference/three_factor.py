@@ -28,7 +28,7 @@ def three_factor_linear(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """A linear layer plus a low-rank three-factor update; see :func:`lowrank_kernels.ops.three_factor_linear`."""
-    seed = dropout_seed(x.device) if dropout_p > 0 else None
+    seed = dropout_seed(x.device) if drop_threshold(dropout_p) > 0 else None
     return seeded_three_factor_linear(x, weight, left, core, right, bias, scale, dropout_p, seed)
 
 
