@@ -12,7 +12,7 @@ from .files import extra
 
 if TYPE_CHECKING:
     from . import nn
-    from .adapter_files import export_lora, load_adapter, save_adapter
+    from .adapter_files import export_lora, load_adapter, save_adapter, shrink_factors
     from .adapters import adapt, adapter_layers, delete_adapter, disabled, merge_and_unload, set_adapter, unadapt
     from .analysis import rank_report
     from .completion import DeepMatrixCompletion
@@ -49,12 +49,13 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "shrink_factors",
     "solver",
     "unadapt",
     "watch_divergence",
 ]
 _LAZY = {
-    "adapter_files": ("export_lora", "load_adapter", "save_adapter"),
+    "adapter_files": ("export_lora", "load_adapter", "save_adapter", "shrink_factors"),
     "adapters": ("adapt", "adapter_layers", "delete_adapter", "disabled", "merge_and_unload", "set_adapter", "unadapt"),
     "analysis": ("rank_report",),
     "completion": ("DeepMatrixCompletion",),

@@ -179,7 +179,8 @@ def _ops() -> Iterator[Line]:
             if registered(overload, key):
                 level = _ask(_native._C, "simd_level") if device == "cpu" else _ask(_native._C, "cuda_architectures")
                 usable = device == "cpu" or torch.cuda.is_available()
-                yield Line("ops", f"{short} on {device}", f"native ({level})", "" if usable else _why_no_gpu())
+                limit = f"ranks up to {_native.MAX_RANK}; larger ones: matrix products" if "three_factor" in short else ""
+                yield Line("ops", f"{short} on {device}", f"native ({level})", limit if usable else _why_no_gpu())
             elif device == "cpu":
                 yield Line("ops", f"{short} on cpu", "PyTorch reference", _native.unavailable or "no native kernel for this op")
             else:
