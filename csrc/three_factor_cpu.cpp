@@ -33,9 +33,9 @@ inline int64_t smaller(int64_t a, int64_t b) {
 
 // ---------------------------------------------------------------------- the register block
 
-// acc[i][v] += sum_p a[i SA + p step] b[p ldb + v lanes]
+// acc[i][v] += sum_p a[i SA + p step] b[p ldb + v lanes]; SA = 0: rows of a are `stride` apart, known at run time only
 template <typename A, int MR, int NV, int64_t SA>
-inline void multiply(const A* a, int64_t step, int64_t count, const A* b, int64_t ldb,
+inline void multiply(const A* a, int64_t stride, int64_t step, int64_t count, const A* b, int64_t ldb,
                      typename Vector<A>::type (&acc)[MR][NV]) {
   typedef typename Vector<A>::type V;
   for (int64_t p = 0; p < count; ++p, a += step, b += ldb) {
@@ -44,7 +44,7 @@ inline void multiply(const A* a, int64_t step, int64_t count, const A* b, int64_
     for (int v = 0; v < NV; ++v) column[v] = load<V>(b + v * kLanes<A>);
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
-      const V factor = a[i * SA] - V{};
+      const V factor = a[i * (SA ? SA : stride)] - V{};
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) acc[i][v] += factor * column[v];
     }
@@ -55,7 +55,8 @@ template <int NV>
 constexpr int kBlock = LRK_VECTOR_BYTES == 64 || NV == 1 ? 12 : 6;  // 12 of 16 registers, 24 of 32 with AVX-512
 
 template <typename A, int NV, int64_t SA>
-inline void product_panel(A* out, int64_t rows, int64_t width, const A* a, int64_t step, int64_t count, const A* b, bool add) {
+inline void product_panel(A* out, int64_t rows, int64_t width, const A* a, int64_t stride, int64_t step, int64_t count,
+                          const A* b, bool add) {
   typedef typename Vector<A>::type V;
   constexpr int MR = kBlock<NV>;
   for (int64_t i = 0; i < rows; i += MR) {
@@ -64,7 +65,7 @@ inline void product_panel(A* out, int64_t rows, int64_t width, const A* a, int64
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) acc[r][v] = V{};
-    multiply<A, MR, NV, SA>(a + i * SA, step, count, b, width, acc);
+    multiply<A, MR, NV, SA>(a + i * (SA ? SA : stride), stride, step, count, b, width, acc);
 #pragma GCC unroll 12
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
@@ -75,12 +76,14 @@ inline void product_panel(A* out, int64_t rows, int64_t width, const A* a, int64
   }
 }
 
-// out[i][:] (+)= sum_p a[i SA + p step] b[p][:], rows of out and b `width` long. Computes round_up(rows, 12) rows.
+// out[i][:] (+)= sum_p a[i SA + p step] b[p][:], rows of out and b (and of a, if SA = 0) `width` long. Computes
+// round_up(rows, 12) rows.
 template <typename A, int64_t SA>
 inline void product(A* out, int64_t rows, int64_t width, const A* a, int64_t step, int64_t count, const A* b, bool add) {
   int64_t j = 0;
-  for (; j + kPanel<A> <= width; j += kPanel<A>) product_panel<A, 2, SA>(out + j, rows, width, a, step, count, b + j, add);
-  if (j < width) product_panel<A, 1, SA>(out + j, rows, width, a, step, count, b + j, add);
+  for (; j + kPanel<A> <= width; j += kPanel<A>)
+    product_panel<A, 2, SA>(out + j, rows, width, a, width, step, count, b + j, add);
+  if (j < width) product_panel<A, 1, SA>(out + j, rows, width, a, width, step, count, b + j, add);
 }
 
 // ---------------------------------------------------------------------- dropout
@@ -196,12 +199,6 @@ void pack_panels(A* out, const F* in, int64_t rows, int64_t columns, int64_t row
   }
 }
 
-template <typename A>
-void transpose_block(A* out, const A* in, int64_t rows, int64_t width) {  // (rows, width) -> (width, kRows)
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < width; ++c) out[c * kRows<A> + r] = in[r * width + c];
-}
-
 // (rows, K) of z, without padding, -> rows of `width` numbers
 template <typename A>
 void read_z(A* out, const A* z, int64_t rows, int64_t rank, int64_t width) {
@@ -213,10 +210,10 @@ void write_z(A* z, const A* block, int64_t rows, int64_t rank, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(z + r * rank, block + r * width, sizeof(A) * size_t(rank));
 }
 
-// out[r][columns] = (init + sum_p z[p][r] panels[p][:]) * mask, columns of one tile starting at a panel boundary
+// out[r][columns] = (init + sum_p z[r][p] panels[p][:]) * mask, columns of one tile starting at a panel boundary
 template <typename X, typename A>
-void expand(X* out, int64_t pitch, int64_t rows, int64_t columns, const A* z, int64_t rank, const A* panels, const A* init,
-            const A* mask) {
+void expand(X* out, int64_t pitch, int64_t rows, int64_t columns, const A* z, int64_t width, int64_t rank, const A* panels,
+            const A* init, const A* mask) {
   typedef typename Vector<A>::type V;
   constexpr int L = kLanes<A>;
   constexpr int MR = kBlock<2>;
@@ -228,7 +225,7 @@ void expand(X* out, int64_t pitch, int64_t rows, int64_t columns, const A* z, in
       V acc[MR][2];
 #pragma GCC unroll 12
       for (int r = 0; r < MR; ++r) acc[r][0] = first, acc[r][1] = second;
-      multiply<A, MR, 2, 1>(z + i, kRows<A>, rank, panels + begin * rank, kPanel<A>, acc);
+      multiply<A, MR, 2, 0>(z + i * width, width, 1, rank, panels + begin * rank, kPanel<A>, acc);
 #pragma GCC unroll 12
       for (int r = 0; r < MR; ++r) {
         if (r >= high) break;
@@ -270,7 +267,7 @@ struct Core {  // (K, K) matrices as rows of `width`, padded to a multiple of 12
   int64_t rank, width, size;
   A* layers;    // (L, ...)
   A* prefixes;  // (L, ...): prefixes[l] = core[l] ... core[0]
-  A* scratch;   // (3, ...)
+  A* scratch;   // (2, ...)
   A* product() const { return prefixes; }
   A* at(A* matrices, int64_t index) const { return matrices + index * size; }
 };
@@ -283,20 +280,14 @@ Core<A> take_core(Arena& arena, const ThreeFactor& p, int64_t width) {
   core.size = (round_up(p.rank, kGroup) + 1) * width;  // a row more: blocks of 12 read past the end
   core.layers = p.depth ? arena.take<A>(p.depth * core.size) : nullptr;
   core.prefixes = p.depth ? arena.take<A>(p.depth * core.size) : nullptr;
-  core.scratch = p.depth ? arena.take<A>(3 * core.size) : nullptr;
+  core.scratch = p.depth ? arena.take<A>(2 * core.size) : nullptr;
   return core;
 }
 
+// out = a b
 template <typename A>
-void transpose_core(const Core<A>& core, A* out, const A* in) {
-  for (int64_t c = 0; c < core.rank; ++c)
-    for (int64_t r = 0; r < core.width; ++r) out[c * core.width + r] = r < core.rank ? in[r * core.width + c] : A(0);
-}
-
-// out = a b; `turned` holds a^T
-template <typename A>
-void core_times(const Core<A>& core, A* out, const A* turned, const A* b) {
-  product<A, 1>(out, core.rank, core.width, turned, core.width, core.rank, b, false);
+void core_times(const Core<A>& core, A* out, const A* a, const A* b) {
+  product<A, 0>(out, core.rank, core.width, a, 1, core.rank, b, false);
 }
 
 template <typename F, typename A>
@@ -310,29 +301,24 @@ void make_core(const Core<A>& core, const ThreeFactor& p) {
       __builtin_memcpy(prefix, layer, sizeof(A) * size_t(core.rank * core.width));
       continue;
     }
-    transpose_core(core, core.scratch, layer);
-    core_times(core, prefix, core.scratch, core.at(core.prefixes, l - 1));
+    core_times(core, prefix, layer, core.at(core.prefixes, l - 1));
   }
 }
 
-// dcore[l] = (C_L ... C_{l+1})^T dC (C_{l-1} ... C_1)^T; `grad` is dC and is overwritten
+// dcore[l] = (C_L ... C_{l+1})^T dC (C_{l-1} ... C_1)^T; `grad` is dC^T, kept transposed so that nothing else must be
 template <typename F, typename A>
 void core_gradients(const Core<A>& core, const ThreeFactor& p, A* grad, F* out) {
-  A *turned = core.scratch, *other = core.at(core.scratch, 1), *result = core.at(core.scratch, 2);
+  A *result = core.scratch, *next = core.at(core.scratch, 1);
   for (int64_t l = p.depth - 1; l >= 0; --l) {
-    const A* found = grad;
-    if (l > 0) {
-      transpose_core(core, turned, grad);
-      transpose_core(core, other, core.at(core.prefixes, l - 1));
-      core_times(core, result, turned, other);
-      found = result;
-    }
+    if (l > 0) core_times(core, result, core.at(core.prefixes, l - 1), grad);
+    const A* found = l > 0 ? result : grad;
     for (int64_t r = 0; r < core.rank; ++r)
-      for (int64_t c = 0; c < core.rank; ++c) narrow_one(out + (l * core.rank + r) * core.rank + c, found[r * core.width + c]);
-    if (l > 0) {
-      core_times(core, other, core.at(core.layers, l), grad);  // core[l] is (core[l]^T)^T
-      __builtin_memcpy(grad, other, sizeof(A) * size_t(core.rank * core.width));
-    }
+      for (int64_t c = 0; c < core.rank; ++c) narrow_one(out + (l * core.rank + r) * core.rank + c, found[c * core.width + r]);
+    if (l == 0) break;
+    core_times(core, next, grad, core.at(core.layers, l));
+    A* const done = grad;
+    grad = next;
+    next = done;
   }
 }
 
@@ -361,7 +347,7 @@ template <typename X, typename A>
 void forward_rows(const ThreeFactorForward& p, const ForwardSpace<A>& s, int64_t begin, int64_t end, A keep) {
   alignas(kAlign) A tile[kRows<A> * kTile];
   alignas(kAlign) A mask[kRows<A> * kTile];
-  alignas(kAlign) A z1[kRows<A> * kMaxRank], z2[kRows<A> * kMaxRank], turned[kRows<A> * kMaxRank];
+  alignas(kAlign) A z1[kRows<A> * kMaxRank], z2[kRows<A> * kMaxRank];
   const int64_t rows = end - begin, width = s.width;
   const X* x = static_cast<const X*>(p.x) + begin * p.x_stride;
   for (int64_t c = 0; c < p.in_features; c += kTile) {
@@ -380,16 +366,14 @@ void forward_rows(const ThreeFactorForward& p, const ForwardSpace<A>& s, int64_t
   A* const saved = static_cast<A*>(p.z);
   write_z(saved + begin * p.rank, z1, rows, p.rank, width);
   if (p.depth) {
-    transpose_block(turned, z1, round_up(rows, kGroup), width);
-    product<A, 1>(z2, rows, width, turned, kRows<A>, p.rank, s.turned, false);
+    product<A, 0>(z2, rows, width, z1, 1, p.rank, s.turned, false);
   }
   A* const scaled = p.depth ? z2 : z1;
   for (int64_t i = 0; i < round_up(rows, kGroup) * width; ++i) scaled[i] *= A(p.scale);
   write_z(saved + (p.tokens + begin) * p.rank, scaled, rows, p.rank, width);
-  transpose_block(turned, scaled, round_up(rows, kGroup), width);
   X* y = static_cast<X*>(p.y) + begin * p.out_features;
   for (int64_t c = 0; c < p.out_features; c += kTile)
-    expand<X, A>(y + c, p.out_features, rows, smaller(kTile, p.out_features - c), turned, p.rank, s.left + c * p.rank,
+    expand<X, A>(y + c, p.out_features, rows, smaller(kTile, p.out_features - c), scaled, width, p.rank, s.left + c * p.rank,
                  p.bias ? s.bias + c : nullptr, nullptr);
 }
 
@@ -499,7 +483,9 @@ void forward(const ThreeFactorForward& p, void* workspace, int threads) {
   const int64_t n = p.in_features, m = p.out_features, k = p.rank;
   if (p.depth) {
     make_core<F>(s.core, p);
-    transpose_core(s.core, s.turned, s.core.at(s.core.prefixes, p.depth - 1));
+    const A* product = s.core.at(s.core.prefixes, p.depth - 1);
+    for (int64_t c = 0; c < k; ++c)
+      for (int64_t r = 0; r < s.width; ++r) s.turned[c * s.width + r] = r < k ? product[r * s.width + c] : A(0);
   }
   const A keep = p.drop_threshold < 65536 ? A(65536) / A(65536 - p.drop_threshold) : A(0);
   if (p.tokens <= kLanes<A>) return forward_few<X, F>(p, s, keep, threads);
@@ -563,7 +549,6 @@ void backward_slice(const ThreeFactorBackward& p, const BackwardSpace<A>& s, int
   alignas(kAlign) A tile[kRows<A> * kTile];
   alignas(kAlign) A mask[kRows<A> * kTile];
   alignas(kAlign) A z[kRows<A> * kMaxRank + kGroup], g2[kRows<A> * kMaxRank + kGroup], g1[kRows<A> * kMaxRank + kGroup];
-  alignas(kAlign) A turned[kRows<A> * kMaxRank];
   const int64_t n = p.in_features, m = p.out_features, k = p.rank, width = s.width;
   const bool want_core = p.dcore && p.depth;
   const bool want_g2 = p.dx || p.dright || want_core, want_g1 = p.dx || p.dright;
@@ -597,16 +582,14 @@ void backward_slice(const ThreeFactorBackward& p, const BackwardSpace<A>& s, int
     if (!want_g2) continue;
     if (want_core) {
       read_z(z, z1 + begin * k, rows, k, width);
-      product<A, 1>(dcore, k, width, g2, width, rows, z, add);
+      product<A, 1>(dcore, k, width, z, width, rows, g2, add);  // dC^T
     }
     if (!want_g1) continue;
     if (p.depth) {
-      transpose_block(turned, g2, padded, width);
-      product<A, 1>(g1, rows, width, turned, kRows<A>, k, s.core.at(s.core.prefixes, p.depth - 1), false);
+      product<A, 0>(g1, rows, width, g2, 1, k, s.core.at(s.core.prefixes, p.depth - 1), false);
     }
     A* const scaled = p.depth ? g1 : g2;
     for (int64_t i = 0; i < padded * width; ++i) scaled[i] *= A(p.scale);
-    if (p.dx) transpose_block(turned, scaled, padded, width);
     for (int64_t c = 0; c < n; c += kTile) {
       const int64_t columns = smaller(kTile, n - c);
       if (p.drop_threshold)
@@ -621,7 +604,7 @@ void backward_slice(const ThreeFactorBackward& p, const BackwardSpace<A>& s, int
         }
       }
       if (p.dx)
-        expand<X, A>(static_cast<X*>(p.dx) + begin * n + c, n, rows, columns, turned, k, s.right + c * k, nullptr,
+        expand<X, A>(static_cast<X*>(p.dx) + begin * n + c, n, rows, columns, scaled, width, k, s.right + c * k, nullptr,
                      p.drop_threshold ? mask : nullptr);
     }
   }
