@@ -19,6 +19,7 @@ constexpr int64_t kTile = 96;   // columns of a tile: a multiple of every panel 
 constexpr int64_t kGroup = 12;  // rows of the largest register block; what is read in blocks is padded to it
 constexpr int64_t kAlign = 64;
 constexpr int64_t kMaxSlices = 16;
+constexpr int64_t kFew = 32;  // rows of x up to which packing R and L takes longer than it saves
 template <typename A>
 constexpr int64_t kRows = 192 / int64_t(sizeof(A));  // rows of a tile: 18 KB of 32 KB L1
 template <typename A>
@@ -336,9 +337,9 @@ ForwardSpace<A> forward_space(Arena& arena, const ThreeFactor& p) {
   ForwardSpace<A> s;
   s.width = round_up(p.rank, kLanes<A>);
   s.core = take_core<A>(arena, p, s.width);
-  s.turned = p.depth ? arena.take<A>(s.core.size) : nullptr;              // C^T
-  s.right = arena.take<A>(round_up(p.in_features, kLanes<A>) * s.width);  // R^T; or the few rows of x
-  s.left = arena.take<A>(round_up(p.out_features, kTile) * p.rank);       // L^T in panels
+  s.turned = p.depth ? arena.take<A>(s.core.size) : nullptr;                                        // C^T
+  s.right = arena.take<A>(round_up(p.in_features, kLanes<A>) * (s.width > kFew ? s.width : kFew));  // R^T; or the few rows of x
+  s.left = arena.take<A>(round_up(p.out_features, kTile) * p.rank);                                 // L^T in panels
   s.bias = arena.take<A>(round_up(p.out_features, kTile));
   return s;
 }
@@ -385,7 +386,7 @@ void few_z1(const ThreeFactorForward& p, const A* x, int64_t wide, int64_t j) {
   constexpr int64_t kChunk = 512;
   alignas(kAlign) A rows[4][kChunk];
   const int64_t n = p.in_features, k = p.rank, live = smaller(4, k - j);
-  A sums[kLanes<A>][4] = {};
+  A sums[kFew][4] = {};
   for (int64_t c = 0; c < n; c += kChunk) {
     const int64_t columns = smaller(kChunk, n - c), padded = round_up(columns, kLanes<A>);
     for (int64_t i = 0; i < 4; ++i) {
@@ -442,7 +443,8 @@ void few_outputs(const ThreeFactorForward& p, const A* z, int64_t width, int64_t
 template <typename X, typename F, typename A>
 void forward_few(const ThreeFactorForward& p, const ForwardSpace<A>& s, A keep, int threads) {
   const int64_t n = p.in_features, m = p.out_features, k = p.rank, wide = round_up(n, kLanes<A>), rows = p.tokens;
-  alignas(kAlign) A z[kLanes<A> * kMaxRank] = {};
+  alignas(kAlign) A z[kFew * kMaxRank];
+  for (int64_t i = 0; i < rows * s.width; ++i) z[i] = 0;
   A* const x = s.right;
   for (int64_t t = 0; t < rows; ++t) {
     widen_row(x + t * wide, static_cast<const X*>(p.x) + t * p.x_stride, n);
@@ -488,7 +490,7 @@ void forward(const ThreeFactorForward& p, void* workspace, int threads) {
       for (int64_t r = 0; r < s.width; ++r) s.turned[c * s.width + r] = r < k ? product[r * s.width + c] : A(0);
   }
   const A keep = p.drop_threshold < 65536 ? A(65536) / A(65536 - p.drop_threshold) : A(0);
-  if (p.tokens <= kLanes<A>) return forward_few<X, F>(p, s, keep, threads);
+  if (p.tokens <= kFew) return forward_few<X, F>(p, s, keep, threads);
   // Rows a unit of work: full tiles, or fewer where that would leave threads without work.
   int64_t step = kRows<A>;
   while (step > kGroup && p.tokens < step * threads) step -= kGroup;

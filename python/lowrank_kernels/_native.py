@@ -154,20 +154,9 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 MAX_RANK = 0 if _C is None else int(_C.max_rank)
 
 
-CHAIN_RANK, CHAIN_ROWS = 32, 4  # on the CPU: ranks from the first on with at most that many rows a rank
-
-
-def three_factor_serves(x: Tensor, left: Tensor, dropped: bool) -> bool:
-    """True where the native kernels take the three-factor op, False where the chain of matrix products is faster.
-
-    On the CPU the chain was up to 15 % faster for 16 and 128 rows at rank 64 (bench/data): packing R and L and the products
-    of the core, which the kernel does on one thread, are then much of the work. Dropout and 16-bit x are the kernel's always.
-    """
-    tokens, rank = x.shape[0], left.shape[1]
-    if rank > MAX_RANK or not serves(x.device):
-        return False
-    few = rank >= CHAIN_RANK and tokens <= CHAIN_ROWS * rank
-    return x.device.type != "cpu" or dropped or x.dtype.itemsize == 2 or not few
+def three_factor_serves(x: Tensor, left: Tensor) -> bool:
+    """True where the native kernels take the three-factor op, False where the chain of matrix products is as fast."""
+    return left.shape[1] <= MAX_RANK and serves(x.device)
 
 
 def _rows(x: Tensor) -> Tensor:

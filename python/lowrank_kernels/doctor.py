@@ -179,7 +179,7 @@ def _ops() -> Iterator[Line]:
             if registered(overload, key):
                 level = _ask(_native._C, "simd_level") if device == "cpu" else _ask(_native._C, "cuda_architectures")
                 usable = device == "cpu" or torch.cuda.is_available()
-                limit = _three_factor_limit(device) if "three_factor" in short else ""
+                limit = f"ranks up to {_native.MAX_RANK}; larger ones: matrix products" if "three_factor" in short else ""
                 yield Line("ops", f"{short} on {device}", f"native ({level})", limit if usable else _why_no_gpu())
             elif device == "cpu":
                 yield Line("ops", f"{short} on cpu", "PyTorch reference", _native.unavailable or "no native kernel for this op")
@@ -190,16 +190,6 @@ def _ops() -> Iterator[Line]:
                     else "no CUDA kernel for this op"
                 )
                 yield Line("ops", f"{short} on cuda", "PyTorch reference", why)
-
-
-def _three_factor_limit(device: str) -> str:
-    """Where the three-factor op takes matrix products although its kernels are there."""
-    from . import _native
-
-    few = (
-        f", and from rank {_native.CHAIN_RANK} on with at most {_native.CHAIN_ROWS} rows a rank (float32, float64; no dropout)"
-    )
-    return f"matrix products above rank {_native.MAX_RANK}{few if device == 'cpu' else ''}"
 
 
 def print_report(lines: list[Line] | None = None) -> None:

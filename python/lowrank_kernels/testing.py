@@ -435,7 +435,7 @@ def three_factor_path(path: str) -> Iterator[None]:
     """Let the op run on ``"chain"``, plain matrix products, or on the native kernels of a SIMD level, whatever is faster."""
     chosen, level = _native.three_factor_serves, _native._C.simd_level() if _native.has_cpu() else None
 
-    def serves(x: Tensor, left: Tensor, dropped: bool) -> bool:
+    def serves(x: Tensor, left: Tensor) -> bool:
         return path != "chain" and left.shape[1] <= _native.MAX_RANK
 
     try:

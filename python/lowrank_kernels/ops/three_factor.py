@@ -125,7 +125,7 @@ def _forward_native(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _native.three_factor_serves(x, left, seed is not None):
+    if not _native.three_factor_serves(x, left):
         return _forward_chain(x, weight, bias, left, core, right, scale, dropout_p, seed)
     threshold = 0 if seed is None else drop_threshold(dropout_p)
     y, z = _native.three_factor_forward(x, left, core, right, bias, scale, threshold, seed)
@@ -147,7 +147,7 @@ def _backward_native(
     seed: Tensor | None,
     wanted: list[bool],
 ) -> Gradients:
-    if not _native.three_factor_serves(x, left, seed is not None):
+    if not _native.three_factor_serves(x, left):
         return _backward_chain(dy, x, weight, left, core, right, z, scale, dropout_p, seed, wanted)
     threshold = 0 if seed is None else drop_threshold(dropout_p)
     grads = _native.three_factor_backward(dy, x, left, core, right, z, scale, threshold, seed, wanted)
@@ -405,9 +405,8 @@ def three_factor_linear(
         ``torch.func`` transforms go through :func:`lowrank_kernels.reference.three_factor_linear`. Saved for backward are x
         and 2 T rank float32 numbers (float64 for float64) beside the parameters; x is never cast up, and the dropout mask is
         made again from a seed drawn from torch's generator. Sums are float32 (float64), rounded once; results repeat bitwise
-        and do not depend on the number of threads, as far as the BLAS of the base product does not. Where matrix products
-        are faster than the kernels (ranks above 256; on the CPU float32 and float64 without dropout from rank 32 on with at
-        most 4 rows a rank) they are used. Under autocast x, weight and bias are cast as by ``F.linear``, float32 factors stay.
+        and do not depend on the number of threads, as far as the BLAS of the base product does not. Under autocast x,
+        weight and bias are cast as by ``F.linear``, float32 factors stay.
 
     Example:
         >>> import torch, lowrank_kernels as lrk
