@@ -532,8 +532,8 @@ BackwardSpace<A> backward_space(Arena& arena, const ThreeFactor& p) {
   BackwardSpace<A> s;
   s.width = round_up(p.rank, kLanes<A>);
   // Slices cost their partial sums, (M + N) K numbers each, beside rows of M + N numbers.
-  s.slices = smaller(kMaxSlices, smaller(p.tokens / 32, p.tokens / (4 * p.rank)));
-  if (s.slices < 1) s.slices = 1;
+  s.slices = p.tokens / (4 * p.rank) > 2 ? p.tokens / (4 * p.rank) : 2;
+  s.slices = smaller(kMaxSlices, smaller(s.slices, p.tokens / 32 > 1 ? p.tokens / 32 : 1));
   s.slice_rows = round_up((p.tokens + s.slices - 1) / s.slices, kGroup);
   s.core = take_core<A>(arena, p, s.width);
   s.left_size = round_up(p.out_features, kGroup) * s.width;
