@@ -213,7 +213,7 @@ template <typename Parameters>
 void three_factor_cpu(const Parameters& p, bool backward, int threads) {
   py::gil_scoped_release release;
   const int64_t bytes = workspace_at_level(p, backward);
-  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64), &std::free);
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, size_t(bytes / 64 + 1) * 64), &std::free);
   if (!workspace) throw std::bad_alloc();
   run_at_level(p, workspace.get(), threads);
 }

@@ -224,7 +224,7 @@ def three_factor_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dx0`` (T, N), ``dleft``, ``dcore`` and ``dright`` of csrc/three_factor.h; empty where not wanted."""
     x, dy, left, right = _rows(x), _rows(dy), left.contiguous(), right.contiguous()
-    core = None if core is None else core.contiguous()
+    core, z = None if core is None else core.contiguous(), z.contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0)
     dleft = torch.empty_like(left) if wanted[1] else left.new_empty(0)
     dcore = torch.empty_like(core) if wanted[2] and core is not None else left.new_empty(0)

@@ -8,7 +8,6 @@ products with the small cores stay with torch.
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from .. import _native, reference
 from ..entries import MAX_WIDTH, ObservedEntries, SortedEntries
 from ..reference.completion import completion_pass as reference_pass
 from ..reference.core import core_gradients, core_product
-from .registry import define, eager, forward_ad_active, functorch_active, library, same, shaped
+from .registry import define, eager, forward_ad_active, functorch_active, library, no_autocast, same, shaped
 
 _SIDE = "Tensor {0}_offsets, Tensor {0}_index, Tensor {0}_values, Tensor? {0}_weights, Tensor {0}_plan, int {0}_long"
 define(
@@ -31,10 +30,6 @@ define(
 _op = torch.ops.lowrank_kernels._completion.default
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class CompletionGradients(NamedTuple):
@@ -288,7 +283,7 @@ def completion_loss(
                 left, core, right, entries, row_bias=row_bias, col_bias=col_bias, offset=offset, reduction=reduction
             )
     factors = (left, core, right, row_bias, col_bias)
-    with _no_autocast(left.device.type):
+    with no_autocast(left.device.type):
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in factors):
             loss = _CompletionLoss.apply(*factors, offset, entries)
         else:

@@ -7,8 +7,6 @@ two (T, k) products; the dropout mask is made again from its seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from ..reference.three_factor import (
     dropout_seed,
     seeded_three_factor_linear,
 )
-from .registry import define, eager, forward_ad_active, functorch_active, library
+from .registry import autocast_enabled, define, eager, forward_ad_active, functorch_active, library, no_autocast
 
 FACTOR_TYPES = {  # dtype of x -> dtypes of the factors
     torch.float32: (torch.float32,),
@@ -189,18 +187,6 @@ torch.library.register_fake("lowrank_kernels::_three_factor_forward", _fake_forw
 torch.library.register_fake("lowrank_kernels::_three_factor_backward", _fake_backward, lib=library)
 
 
-# One question for all devices, 3 us less a call; a private name, so its absence must not break the import.
-_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
-
-
-def _autocast_enabled(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if _autocast_enabled(device_type) else nullcontext()
-
-
 def _flat(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 is ambiguous for empty x
 
@@ -246,7 +232,7 @@ class _ThreeFactorLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, left, core, right, z, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with _no_autocast(dy.device.type) if _any_autocast() else nullcontext():
+        with no_autocast(dy.device.type):
             if torch.is_grad_enabled():  # create_graph=True: by formulas autograd can differentiate again
                 return _differentiable_gradients(ctx, dy, x, weight, left, core, right, seed)
             flat_dy, flat_x = _flat(dy), _flat(x)
@@ -417,8 +403,8 @@ def three_factor_linear(
 
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4; without a core Hu et al., arXiv:2106.09685.
     """
-    device_type = x.device.type if _any_autocast() and isinstance(x, Tensor) else "meta"
-    if _autocast_enabled(device_type):
+    device_type = x.device.type if isinstance(x, Tensor) else "meta"  # of what is no tensor _check() will complain
+    if autocast_enabled(device_type):
         x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
         if left.dtype not in FACTOR_TYPES.get(x.dtype, (left.dtype,)):
             left, core, right = _autocast(left, core, right)  # type: ignore[assignment]
