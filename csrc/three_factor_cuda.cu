@@ -28,8 +28,8 @@ namespace lrk {
 namespace {
 
 constexpr const char* kOp = "three_factor";
-constexpr int64_t kSplitBlocks = 384;      // blocks that share the sums over t, about three an SM of a large GPU
-constexpr int64_t kSplitRows = 64;         // rows of t that are worth a block
+constexpr int64_t kSplitBlocks = 384;             // blocks that share the sums over t, about three an SM of a large GPU
+constexpr int64_t kSplitRows = 64;                // rows of t that are worth a block
 constexpr int64_t kFusedBytes = LRK_FUSED_BYTES;  // of dy: less of it stays in the caches of a large GPU until it is read again
 
 // Hands out the workspace piece by piece; with a null base only the size counts.
