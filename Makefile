@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml
+OUT ?= out/gpu
 CLANG_FORMAT_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
-.PHONY: dev demo test lint format bench clean
+.PHONY: dev demo test lint format bench gpu clean
 
 dev: $(VENV)/installed  ## virtual environment, editable install with every extra and the development tools
 
@@ -40,6 +41,9 @@ format: dev
 
 bench: dev  ## all benches; appends rows to bench/data/<machine>.csv
 	$(BIN)/python -m bench
+
+gpu:  ## build, tests, kernel checks and benches of the GPU here into OUT=folder, within nine minutes; needs no `make dev`
+	$(PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build out
