@@ -1,6 +1,8 @@
-"""The completion op on a GPU: values, gradients, layouts, repeatability, CUDA graphs and streams; skipped without one."""
+"""The completion op on a GPU: values, gradients, layouts, repeatability, graphs, streams, memory; skipped without one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -151,31 +153,111 @@ def test_factor_at_an_odd_address() -> None:
 
 
 @pytest.mark.parametrize("k", [10, 130])
-def test_results_repeat_bit_by_bit(k: int) -> None:
+def test_results_repeat_bit_by_bit(k: int, churn: Any) -> None:
     problem = _on_gpu(_problem(k, weights=True, biases=True))
     first = _results(problem)
-    for _ in range(5):
+    for seed in range(12):
+        churn(DEVICE, seed)
         assert _same(first, _results(problem))
 
 
-# ---------------------------------------------------------------------- graphs, streams, devices
+# ---------------------------------------------------------------------- layouts, autocast
+
+
+def test_layouts() -> None:
+    problem = _on_gpu(_problem(10, biases=True))
+    wide = torch.nn.functional.pad(problem.left, (2, 3), value=float("nan"))[:, 2:-3]
+    for left in (problem.left.t().contiguous().t(), wide):
+        moved = problem._replace(left=left, right=problem.right.t().contiguous().t())
+        assert not moved.left.is_contiguous()
+        assert _same(_results(moved), _results(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_autocast_keeps_the_dtype_of_the_factors(dtype: torch.dtype) -> None:
+    problem = _on_gpu(_problem(10, core=True))
+    wanted = problem.loss_and_gradients(lrk.ops.completion_loss)
+    with torch.autocast(DEVICE, dtype=dtype):
+        got = problem.loss_and_gradients(lrk.ops.completion_loss)
+    assert _same(got, wanted)
+
+
+# ---------------------------------------------------------------------- graphs, streams, devices, memory
 
 
 @pytest.mark.parametrize("core", [False, True], ids=["", "core"])
-def test_graph_capture_and_replay(core: bool) -> None:
+def test_graph_capture_and_replay(core: bool, capture: Any) -> None:
     problem = _on_gpu(_problem(10, core=core, biases=True))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as torch asks for: libraries make their handles outside the capture
-        _results(problem)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = _results(problem)
+    graph, captured = capture(lambda: _results(problem))
     for step in range(3):
         problem.left.add_(0.125 * step)
         graph.replay()
         assert _same(captured, _results(problem))
+
+
+@pytest.mark.parametrize("k", [10, 130])
+def test_graph_with_backward(k: int, capture: Any) -> None:
+    problem = _on_gpu(_problem(k, core=True, biases=True, weights=True))
+    graph, captured = capture(lambda: problem.loss_and_gradients(lrk.ops.completion_loss))
+    for step in range(3):
+        problem.right.mul_(1 + 0.125 * step)
+        graph.replay()
+        assert _same(captured, problem.loss_and_gradients(lrk.ops.completion_loss))
+
+
+def test_captured_training_step_is_the_eager_one(capture: Any) -> None:
+    problem = _on_gpu(_problem(10, core=True, biases=True))
+    leaves: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in problem.factors().items()}
+    trained = problem._replace(**leaves)
+
+    def step() -> Tensor:
+        loss = trained.run(lrk.ops.completion_loss, reduction="mean")
+        for leaf, grad in zip(leaves.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            leaf.detach().sub_(grad)
+        return loss.detach()
+
+    def train(once: Any) -> dict[str, Tensor]:
+        for name, start in problem.factors().items():
+            leaves[name].detach().copy_(start)
+        losses = torch.stack([once().clone() for _ in range(4)])
+        return {"losses": losses, **{name: leaf.detach().clone() for name, leaf in leaves.items()}}
+
+    wanted = train(step)
+    graph, loss = capture(step)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    assert _same(train(replay), wanted)
+    assert len(wanted["losses"].unique()) == 4
+
+
+def test_compile_with_cuda_graphs() -> None:
+    pytest.importorskip("triton")
+    from torch._dynamo.utils import counters
+
+    problem = _on_gpu(_problem(10, core=True))
+    leaves: dict[str, Any] = {name: x.clone().requires_grad_() for name, x in problem.factors().items()}
+
+    def gradients(function: Any) -> dict[str, Tensor]:
+        loss = function(*leaves.values())
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return {"loss": loss.detach().clone(), **{name: grad.clone() for name, grad in zip(leaves, grads, strict=True)}}
+
+    def loss(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
+        return lrk.ops.completion_loss(left, core, right, problem.entries, offset=problem.offset)
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # warm-up, recording, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        got, wanted = gradients(compiled), gradients(loss)
+        for name in wanted:
+            torch.testing.assert_close(got[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+        leaves["left"].detach().mul_(0.75)
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_current_stream_is_used() -> None:
@@ -190,6 +272,35 @@ def test_current_stream_is_used() -> None:
         loss = problem._replace(left=late).run(lrk.ops.completion_loss)
     stream.synchronize()
     assert torch.equal(loss, wanted)
+
+
+def test_streams_do_not_share_workspace() -> None:
+    problems = [_on_gpu(_problem(16, biases=True)), _on_gpu(_problem(130, transpose=True))]
+    wanted = [_results(problem) for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    got: list[list[dict[str, Tensor]]] = [[], []]
+    for _ in range(10):
+        for which, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[which].append(_results(problems[which]))
+    torch.cuda.synchronize()
+    assert all(_same(one, wanted[which]) for which in (0, 1) for one in got[which])
+
+
+def test_out_of_memory_is_the_error_of_torch_and_the_next_call_works(spare_memory: Any) -> None:
+    problem = _on_gpu(_problem(16))
+    wanted = _results(problem)
+    rows = 1 << 19
+    entries = lrk.ObservedEntries.from_coo([0, 1], [0, 1], [1.0, 1.0], shape=(rows, 8)).to(DEVICE)
+    large = CompletionProblem(
+        torch.ones(rows, 64, device=DEVICE), None, torch.ones(64, 8, device=DEVICE), entries, None, None, 0.0
+    )
+    with spare_memory(64 << 20):
+        with pytest.raises(torch.cuda.OutOfMemoryError):  # the gradient of left is 128 MiB
+            _results(large)
+        assert _same(_results(problem), wanted)
+    assert _results(large)["loss"] == 63.0**2
 
 
 def test_second_device() -> None:
