@@ -496,9 +496,9 @@ def benches_part(state: Run, limit: float) -> str:
 
 PARTS = (
     Part("environment", environment_part, 75, 420),
-    Part("build", build_part, 150, 310),
+    Part("build", build_part, 200, 310),
     Part("tests", tests_part, 330, 265),
-    Part("kernels", kernels_part, 100, 170),
+    Part("kernels", kernels_part, 130, 170),
     Part("benches", benches_part, 400, 20),
 )
 
