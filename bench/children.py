@@ -35,7 +35,7 @@ class Unavailable(Exception):
 
 # ---------------------------------------------------------------------- processes
 
-RUNNING: dict[int, subprocess.Popen] = {}
+RUNNING: dict[int, subprocess.Popen[bytes]] = {}
 
 
 def _child_setup() -> None:
@@ -45,7 +45,7 @@ def _child_setup() -> None:
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen:
+def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -60,7 +60,7 @@ def start(command: list[str], log: Path, environment: dict[str, str]) -> subproc
     return process
 
 
-def stop(processes: list[subprocess.Popen]) -> None:
+def stop(processes: list[subprocess.Popen[bytes]]) -> None:
     """SIGTERM to the groups, SIGKILL to what is left three seconds later."""
 
     def signal_all(number: int) -> None:
@@ -140,7 +140,7 @@ class SuiteFile:
     path: Path
     log: Path
     junit: Path
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     seconds: float = 0.0
     complaint: str = "not started"  # empty: it passed
@@ -185,6 +185,10 @@ def ordered(paths: list[Path]) -> list[Path]:
     return sorted(paths, key=key)
 
 
+def stop_files(files: list[SuiteFile]) -> None:
+    stop([file.process for file in files if file.process is not None])
+
+
 def run_queue(
     files: list[SuiteFile],
     command: list[str],
@@ -195,7 +199,7 @@ def run_queue(
 ) -> None:
     """As many processes as workers, a file each, until all are done or the limit comes."""
     end = time.monotonic() + limit
-    waiting, active = list(files), []
+    waiting, active = list(files), list[SuiteFile]()
     try:
         while (waiting or active) and time.monotonic() < end:
             while waiting and len(active) < workers:
@@ -207,11 +211,11 @@ def run_queue(
             time.sleep(0.05)
             for file in [file for file in active if file.process is not None and file.process.poll() is not None]:
                 active.remove(file)
-                stop([file.process])
+                stop_files([file])
                 file.seconds = time.monotonic() - file.began
                 file.read()
                 ended_one(file)
     finally:
-        stop([file.process for file in active if file.process is not None])
+        stop_files(active)
         for file in active:
             file.seconds = time.monotonic() - file.began
