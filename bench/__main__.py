@@ -1,4 +1,4 @@
-"""``python -m bench [--only NAME ...] [--quick] [--out CSV]``: run the benches, append their rows, print them."""
+"""``python -m bench [--only NAME ...] [--quick] [--out CSV] [--seconds N]``: run the benches, append their rows, print them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import argparse
 import importlib
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
 from .harness import DATA, Session, Skipped, machine_slug, print_table, warn_if_busy
 
-BENCHES = ("completion", "three_factor", "compress", "training", "peers")
+GPU_BENCHES = ("three_factor_cuda", "completion_cuda", "encoder_cuda")  # skipped without a GPU
+BENCHES = ("completion", "three_factor", "compress", "training", "peers", *GPU_BENCHES)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHES)}, or one part: training.ratings")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; rows go to a temporary file")
-    parser.add_argument("--out", type=Path, metavar="CSV", help="default: bench/data/<machine>.csv")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="default: bench/data/<machine>.csv, of a GPU <gpu>.csv")
+    parser.add_argument("--seconds", type=float, metavar="N", help="begin no case that would not end in this time")
     options = parser.parse_args(arguments)
 
     wanted: dict[str, list[str]] = {}
@@ -40,10 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     session = Session(out, quick=options.quick)
     if not options.quick:
         warn_if_busy(session.say)
+    end = time.monotonic() + options.seconds if options.seconds is not None else None
+    waiting = sum(map(len, wanted.values()))
     try:
         for bench, parts in wanted.items():
             functions = importlib.import_module(f"bench.bench_{bench}").PARTS
             for part in parts:
+                if end is not None:  # an equal share of what is left: the first part must not leave the others without any
+                    now = time.monotonic()
+                    session.deadline = now + (end - now) / waiting
+                waiting -= 1
+                if not session.time_for(f"{bench}.{part}", 1.0):
+                    continue
                 try:
                     functions[part](session)
                 except Skipped as reason:

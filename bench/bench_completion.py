@@ -42,10 +42,15 @@ class Case:
     biases: bool = False
     dtype: torch.dtype = torch.float32
     full: bool = False  # every entry observed
+    device: str = "cpu"
+    seed: int = 0
+    drawn: bool = False  # cells by drawn_cells(): on a GPU, where the host would take minutes
 
     def __post_init__(self) -> None:
-        g = torch.Generator().manual_seed(0)
-        if self.full:
+        g = torch.Generator(self.device).manual_seed(self.seed)
+        if self.drawn:
+            self.row, self.col = drawn_cells(self.m, self.n, self.count, g)
+        elif self.full:
             self.row, self.col = torch.cartesian_prod(torch.arange(self.m), torch.arange(self.n)).t().contiguous().unbind()
         else:
             row, col = skewed_entries(self.m, self.n, self.count, seed=0)
@@ -53,11 +58,11 @@ class Case:
             self.row, self.col = row[order], col[order]  # sorted by rows: the order that suits every contender
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, dtype=self.dtype)
+            return torch.randn(*shape, generator=g, dtype=self.dtype, device=self.device)
 
         self.values = normal(self.row.numel())
         self.left, self.columns = normal(self.m, self.k) / self.k**0.5, normal(self.n, self.k)
-        self.core = torch.eye(self.k, dtype=self.dtype) + 0.1 * normal(DEPTH, self.k, self.k) / self.k**0.5
+        self.core = torch.eye(self.k, dtype=self.dtype, device=self.device) + 0.1 * normal(DEPTH, self.k, self.k) / self.k**0.5
         self.row_bias, self.col_bias = (normal(self.m), normal(self.n)) if self.biases else (None, None)
 
     @property
@@ -82,6 +87,29 @@ class Case:
         return self.row.numel() * (8.0 + element) + 2.0 * element * self.k * (self.m + self.n)
 
 
+def drawn_cells(m: int, n: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``count`` distinct cells in row-major order on the generator's device, about as skewed as those of skewed_entries."""
+    device = generator.device
+
+    def power_law(size: int, exponent: float, wanted: int) -> Tensor:
+        low, high = 10.0 ** (1 - exponent), (size + 10.0) ** (1 - exponent)
+        draws = torch.rand(wanted, generator=generator, dtype=torch.float64, device=device)
+        draws.mul_(high - low).add_(low).pow_(1 / (1 - exponent)).sub_(10)
+        places = torch.randperm(size, generator=generator, device=device)
+        return places[draws.to(torch.int64).clamp_(0, size - 1)]
+
+    if not 0 < count <= m * n // 4:
+        raise ValueError(f"drawn_cells: count must be from 1 to a quarter of {m} x {n}, got {count}")
+    # Shuffled anew in every round: with one order the popular cells run out and the last rounds give next to nothing.
+    cells = torch.empty(0, dtype=torch.int64, device=device)
+    while cells.numel() < count:
+        wanted = count - cells.numel() + (count - cells.numel()) // 4 + 64
+        cells = torch.unique(torch.cat([cells, power_law(m, 0.5, wanted).mul_(n).add_(power_law(n, 0.9, wanted))]))
+    kept = torch.randperm(cells.numel(), generator=generator, device=device)[:count].sort().values
+    cells = cells[kept]
+    return cells // n, cells % n
+
+
 def named(result: Sequence[Tensor]) -> Outputs:
     return dict(zip(("loss", "left", "core", "right", "row_bias", "col_bias"), result, strict=False))
 
@@ -98,7 +126,7 @@ def oracle(case: Case) -> Outputs:
     product = core_product(core)
     assert product is not None
     p = left @ product
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=left.device)
     grad_p, grad_v = torch.zeros_like(p), torch.zeros_like(v)
     grad_b, grad_c = p.new_zeros(case.m), p.new_zeros(case.n)
     for row, col, values in zip(*(x.split(1_000_000) for x in (case.row, case.col, case.values)), strict=True):
@@ -274,11 +302,11 @@ def our_kernel(case: Case, entries: lrk.ObservedEntries) -> Callable[[int], Call
     """The two passes of the native kernel on P and V: what the op cannot be faster than."""
 
     def make(threads: int) -> Callable[[], Any]:
-        if not _native.has_cpu():
-            raise Skipped(f"no native kernel: {_native.unavailable}")
+        if not _native.serves(case.left.device):
+            raise Skipped(f"no native kernel for {case.left.device}: {_native.unavailable or 'built without CUDA'}")
         product = core_product(case.core)
         assert product is not None
-        extra = -case.k % _native.factor_lanes(case.values.dtype, torch.device("cpu"))
+        extra = -case.k % _native.factor_lanes(case.values.dtype, case.values.device)
         p, v = (torch.nn.functional.pad(x, (0, extra)).contiguous() for x in (case.left @ product, case.columns))
         b, c = case.row_bias, case.col_bias
 

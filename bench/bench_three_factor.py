@@ -9,6 +9,7 @@ products in an autograd.Function, in-place addmm, factors rounded to the dtype o
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,12 +45,15 @@ class Case:
     dropout_p: float = 0.0
     dtype: torch.dtype = torch.float32
     training: bool = True
+    device: str = "cpu"
+    seed: int = 0
+    sampled: bool = False  # y and dx are compared by rows and by projections: whole float64 products would take long
 
     def __post_init__(self) -> None:
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator(self.device).manual_seed(self.seed)
 
         def normal(*shape: int, width: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-            return (torch.randn(*shape, generator=g) / width**0.5).to(dtype)
+            return torch.randn(*shape, generator=g, device=self.device).div_(width**0.5).to(dtype)
 
         t, n, m, k = self.tokens, self.n, self.m, self.k
         self.x, self.dy = normal(t, n, dtype=self.dtype), normal(t, m, dtype=self.dtype)
@@ -63,6 +67,23 @@ class Case:
         dropout = f", dropout {self.dropout_p:g}" if self.dropout_p else ""
         dtype = "" if self.dtype == torch.float32 else f", {str(self.dtype).removeprefix('torch.')}, float32 factors"
         return f"{what}, T={self.tokens}, {self.n} -> {self.m}, k={self.k}{dropout}{dtype}"
+
+    @functools.cached_property
+    def exact(self) -> Outputs:
+        return oracle(self)
+
+    def sample(self, width: int) -> tuple[Tensor, Tensor]:
+        """Rows that are compared whole, and (width, 4) signs: a wrong element changes the projections of its row."""
+        g = torch.Generator(self.device).manual_seed(1)
+        rows = torch.randperm(self.tokens, generator=g, device=self.device)[:64]
+        signs = torch.randint(0, 2, (width, 4), generator=g, device=self.device).double().mul_(2).sub_(1)
+        return rows, signs
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that a call reads."""
+        tensors = (self.x, self.weight, self.bias, self.left, self.core, self.right, *([self.dy] if self.training else []))
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def flops(self) -> float:
@@ -162,7 +183,7 @@ def peft(case: Case) -> Callable[[int], Callable[[], Any]]:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise Skipped("peft is not installed") from error
-        linear = torch.nn.Linear(case.n, case.m, dtype=case.dtype)
+        linear = torch.nn.Linear(case.n, case.m, dtype=case.dtype, device=case.device)
         with torch.no_grad():
             linear.weight.copy_(case.weight)
             linear.bias.copy_(case.bias)
@@ -174,11 +195,15 @@ def peft(case: Case) -> Callable[[int], Callable[[], Any]]:
             b.copy_(case.left)
         x = case.x.detach().requires_grad_()
 
-        def run() -> Any:
+        def infer() -> Any:
+            with torch.no_grad():
+                return (layer(x),)
+
+        def train() -> Any:
             y = layer(x)
             return y, *torch.autograd.grad(y, [x, b, a], case.dy)
 
-        return run
+        return train if case.training else infer
 
     return make
 
@@ -186,31 +211,43 @@ def peft(case: Case) -> Callable[[int], Callable[[], Any]]:
 # ---------------------------------------------------------------------- correctness
 
 
+def seen(case: Case, name: str, tensor: Tensor) -> Outputs:
+    """What of a result is compared: all of it, or of y and dx of a sampled case rows and projections."""
+    if not case.sampled or name not in ("y", "dx"):
+        return {name: tensor}
+    rows, signs = case.sample(tensor.shape[1])
+    return {f"{name} rows": tensor[rows], f"{name} sums": (tensor.double() @ signs).to(tensor.dtype)}
+
+
+def seen_product(case: Case, name: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Outputs:
+    """:func:`seen` of ``a @ b + bias``, without the whole product where the case is sampled."""
+    bias = a.new_zeros(b.shape[1]) if bias is None else bias
+    if not case.sampled:
+        return {name: a @ b + bias}
+    rows, signs = case.sample(b.shape[1])
+    return {f"{name} rows": a[rows] @ b + bias, f"{name} sums": a @ (b @ signs) + bias @ signs}
+
+
+@torch.no_grad()
 def oracle(case: Case) -> Outputs:
     """Float64, by the dense update; names tell the frozen layer and PEFT's two factors from the rest."""
     x, dy, w, left, right = (t.double() for t in (case.x, case.dy, case.weight, case.left, case.right))
     core = case.core.double()
     product = core_product(core)
     assert product is not None
-    base, base_dx = x @ w.t() + case.bias.double(), dy @ w
+    base = seen_product(case, "y", x, w.t(), case.bias.double()) | seen_product(case, "dx", dy, w)
     z, g = x @ right.t(), dy @ left
-    dcore = core_gradients(core, SCALE * (g.t() @ z))
-    results = {
-        "y": base + SCALE * (z @ product.t()) @ left.t(),
-        "dx": base_dx + SCALE * (g @ product) @ right,
-        "dleft": SCALE * dy.t() @ (z @ product.t()),
-        "dcore": dcore,
-        "dright": SCALE * (g @ product).t() @ x,
-    }
-    two = {
-        "y": base + SCALE * z @ left.t(),
-        "dx": base_dx + SCALE * g @ right,
-        "dleft": SCALE * dy.t() @ z,
-        "dright": SCALE * g.t() @ x,
-    }
+
+    def results(z2: Tensor, g1: Tensor) -> Outputs:
+        update = seen_product(case, "y", SCALE * z2, left.t()) | seen_product(case, "dx", SCALE * g1, right)
+        whole = {name: base[name] + update[name] for name in base}
+        return whole | {"dleft": SCALE * dy.t() @ z2, "dright": SCALE * g1.t() @ x}
+
+    ours = results(z @ product.t(), g @ product) | {"dcore": core_gradients(core, SCALE * (g.t() @ z))}
     ones = {"masked": x.new_ones(3 + DEPTH), "peft masked": x.new_ones(3)}
     ones["masked, ours"] = ones["masked"]  # no rounding to compare with that of the plain ways: another mask
-    return results | {f"peft {k}": v for k, v in two.items()} | {"frozen y": base, "frozen dx": base_dx} | ones
+    peft_named = {f"peft {name}": tensor for name, tensor in results(z, g).items()}
+    return ours | peft_named | {f"frozen {name}": tensor for name, tensor in base.items()} | ones
 
 
 ALL = ("y", "dx", "dleft", "dcore", "dright")
@@ -220,10 +257,10 @@ def named(case: Case, prefix: str = "", names: tuple[str, ...] = ALL, mask: str 
     """Outputs to check against the oracle; with dropout every contender has a mask of its own, and they are :func:`masked`."""
 
     def outputs(result: Any) -> Outputs:
-        found = {f"{prefix}{name}": tensor for name, tensor in zip(names, result, strict=False)}
         if case.dropout_p and prefix != "frozen ":
             return {f"{prefix}{mask}": masked(case, dict(zip(names, result, strict=True)), prefix)}
-        return found
+        parts = (seen(case, name, tensor.detach()) for name, tensor in zip(names, result, strict=False))
+        return {f"{prefix}{name}": tensor for part in parts for name, tensor in part.items()}
 
     return outputs
 
@@ -234,7 +271,7 @@ def masked(case: Case, got: Outputs, prefix: str) -> Tensor:
     The update u = y - base is linear in x and in every factor, for any mask: <dy, u> = <dx - dy W, x> = <dL, L> = <dR, R> =
     <dcore_l, core_l>. A ratio of norms says that the share of x that dropout_p leaves went through.
     """
-    wanted, dy = oracle(case), case.dy.double()
+    wanted, dy = case.exact, case.dy.double()
     update = got["y"].detach().double() - wanted["frozen y"]
     share = float(update.norm() / (wanted["peft y" if prefix else "y"] - wanted["frozen y"]).norm())
     if not 0.75 < share < (1 - case.dropout_p) ** -0.5 + 0.25:
@@ -249,7 +286,10 @@ def masked(case: Case, got: Outputs, prefix: str) -> Tensor:
 # ---------------------------------------------------------------------- parts
 
 
-def contenders(case: Case, *, compile_too: bool = False, peft_too: bool = False) -> list[Contender]:
+def contenders(
+    case: Case, *, compile_too: bool = False, peft_too: bool = False, compiled_by: Callable[..., Any] | None = None
+) -> list[Contender]:
+    """``compiled_by`` is a compiled :func:`eager` that several cases of one shape share."""
     frozen_names = ("y", "dx") if case.training else ("y",)
     found = [
         Contender(FROZEN, runner(case, frozen, trained=False), named(case, "frozen ", frozen_names)),
@@ -258,8 +298,9 @@ def contenders(case: Case, *, compile_too: bool = False, peft_too: bool = False)
         Contender(OURS, runner(case, ours), named(case, mask="masked, ours"), ours=True),
     ]
     if compile_too:
-        found.append(Contender(COMPILED, compiled(case), named(case), optional=True))
-    if peft_too and case.training:
+        make = runner(case, compiled_by) if compiled_by else compiled(case)
+        found.append(Contender(COMPILED, make, named(case), optional=True))
+    if peft_too:
         found.append(Contender(PEFT, peft(case), named(case, "peft ", ("y", "dx", "dleft", "dright")), optional=True))
     return found
 
@@ -274,7 +315,7 @@ def compare(
         "three_factor",
         case.name,
         contenders(case, **which),
-        oracle=oracle(case),
+        oracle=case.exact,
         against=(EAGER, CHAIN, COMPILED),
         over=FROZEN,
         bars=bars,

@@ -54,7 +54,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit on ``"ratio"`` (times faster than the baseline), on ``"ms"`` or on the row's metric."""
+    """A limit on ``"ratio"`` (times faster than the baseline), on ``"ms"``, on ``"peak MB"`` or on the row's metric."""
 
     quantity: str
     limit: float
@@ -109,6 +109,8 @@ class Session:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     ceilings: dict[int, tuple[float, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    deadline: float = math.inf  # of the part that runs, on time.monotonic()
+    gpu: Any = None  # the session on the GPU, once a bench has asked for one (bench.cuda)
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
     def __post_init__(self) -> None:
@@ -128,6 +130,17 @@ class Session:
         self.skipped.append((what, reason))
         self.say(f"  skipped: {what}: {reason}")
 
+    def time_for(self, what: str, seconds: float) -> bool:
+        """Whether a case of about this length still fits; one that does not is among the skipped."""
+        left = self.deadline - time.monotonic()
+        if left >= seconds:
+            return True
+        self.skip(what, f"left out: it takes about {seconds:.0f} s, and {max(left, 0):.0f} s of the time budget are left")
+        return False
+
+    def free_gb(self) -> float:
+        return free_gb()
+
     def fail(self, what: str) -> None:
         self.errors.append(what)
         self.say(f"  WRONG: {what}")
@@ -142,7 +155,7 @@ class Session:
             raise KeyError(f"a row has no column {sorted(unknown)}")
         row |= {name: "" if value is None else value for name, value in values.items()}
         if bars:
-            measured = {"ratio": row["ratio"], "ms": row["median_ms"], row["metric"]: row["value"]}
+            measured = {"ratio": row["ratio"], "ms": row["median_ms"], "peak MB": row["peak_mb"], row["metric"]: row["value"]}
             row["bar"] = "; ".join(map(str, bars))
             # A bar whose quantity could not be measured is not met.
             good = [isinstance(measured.get(b.quantity), (int, float)) and b.met(measured[b.quantity]) for b in bars]
@@ -178,42 +191,81 @@ class Session:
                 ready, wrong = self._prepare(case, contenders, threads, oracle, dtype)
                 sgemm, copy = self.ceiling(threads)
                 timings = interleave({c.name: run for c, run in ready}, seconds, min_repeats, max_repeats)
-            medians = {name: t.columns()["median_ms"] for name, t in timings.items()}
-            others = {c.name: medians[c.name] for c, _ in ready if not c.ours}
-            candidates = {name: medians[name] for name in against or others if name in medians}
-            baseline = min(candidates, key=candidates.__getitem__) if candidates else None
-            fastest = min(others, key=others.__getitem__) if others else None
-            for c, _ in ready:
-                columns = timings[c.name].columns()
-                if c.peak and not self.quick and c.name not in peaks:
-                    peaks[c.name] = peak_memory(*c.peak)
-                per_second = 1e-6 / columns["median_ms"]  # to giga-units a second
-                rate = {}
-                if flops:
-                    rate |= {"gflops": flops * per_second, "share_sgemm": flops * per_second / sgemm}
-                if bytes_moved:
-                    rate |= {"gbs": bytes_moved * per_second, "share_copy": bytes_moved * per_second / copy}
-                note = ""
-                if c.ours and fastest and fastest != baseline:
-                    note = f"fastest other: {fastest}, ratio {others[fastest] / columns['median_ms']:.3g}"
-                self.record(
-                    bench,
-                    case,
-                    c.name,
-                    threads=threads,
-                    dtype=dtype,
-                    **columns,
-                    **rate,
-                    peak_mb=peaks.get(c.name),
-                    error=wrong[c.name],
-                    metric=f"over {over}" if over in medians else "",
-                    value=columns["median_ms"] / medians[over] if over in medians else None,
-                    baseline=baseline,
-                    ratio=candidates[baseline] / columns["median_ms"] if baseline else None,
-                    bars=[bar for name, at, bar in bars if name == c.name and at == threads],
-                    note=note,
-                )
+            if not self.quick:
+                for c, _ in ready:
+                    if c.peak and c.name not in peaks:
+                        peaks[c.name] = peak_memory(*c.peak)
+            self._record_timings(
+                bench,
+                case,
+                [c for c, _ in ready],
+                timings,
+                wrong,
+                threads=threads,
+                ceilings=(sgemm, copy),
+                peaks=peaks,
+                against=against,
+                over=over,
+                bars=[(name, bar) for name, at, bar in bars if at == threads],
+                dtype=dtype,
+                flops=flops,
+                bytes_moved=bytes_moved,
+            )
             ready.clear()
+
+    def _record_timings(
+        self,
+        bench: str,
+        case: str,
+        contenders: Sequence[Contender],
+        timings: dict[str, Timing],
+        wrong: dict[str, float],
+        *,
+        threads: int | str,
+        ceilings: tuple[float, float],  # GFLOP/s and GB/s
+        peaks: dict[str, float],
+        against: Sequence[str],
+        over: str,
+        bars: Sequence[tuple[str, Bar]],  # (contender, bar)
+        dtype: str,
+        flops: float | None,
+        bytes_moved: float | None,
+        note: str = "",
+    ) -> None:
+        medians = {name: t.columns()["median_ms"] for name, t in timings.items()}
+        others = {c.name: medians[c.name] for c in contenders if not c.ours and c.name != over}
+        allowed = against or [c.name for c in contenders if not c.ours]
+        candidates = {name: medians[name] for name in allowed if name in medians}
+        baseline = min(candidates, key=candidates.__getitem__) if candidates else None
+        fastest = min(others, key=others.__getitem__) if others else None
+        for c in contenders:
+            columns = timings[c.name].columns()
+            per_second = 1e-6 / columns["median_ms"]  # to giga-units a second
+            rate = {}
+            if flops:
+                rate |= {"gflops": flops * per_second, "share_sgemm": flops * per_second / ceilings[0]}
+            if bytes_moved:
+                rate |= {"gbs": bytes_moved * per_second, "share_copy": bytes_moved * per_second / ceilings[1]}
+            notes = [note] if note else []
+            if c.ours and fastest and fastest != baseline:
+                notes.append(f"fastest other: {fastest}, ratio {others[fastest] / columns['median_ms']:.3g}")
+            self.record(
+                bench,
+                case,
+                c.name,
+                threads=threads,
+                dtype=dtype,
+                **columns,
+                **rate,
+                peak_mb=peaks.get(c.name),
+                error=wrong[c.name],
+                metric=f"over {over}" if over in medians else "",
+                value=columns["median_ms"] / medians[over] if over in medians else None,
+                baseline=baseline,
+                ratio=candidates[baseline] / columns["median_ms"] if baseline else None,
+                bars=[bar for name, bar in bars if name == c.name],
+                note="; ".join(notes),
+            )
 
     def _prepare(
         self, case: str, contenders: Sequence[Contender], threads: int, oracle: Outputs, dtype: str
@@ -222,15 +274,20 @@ class Session:
         ready: list[tuple[Contender, Callable[[], Any]]] = []
         errors: dict[str, float] = {}
         limits: dict[str, float] = {}  # output -> the error that plain PyTorch's own allows
-        for c in sorted(contenders, key=lambda c: (c.ours, not c.plain)):  # plain PyTorch first
-            if c.needs_gb > free_gb():
-                self.skip(f"{case}, {c.name}", f"needs about {c.needs_gb:.1f} GB of memory, {free_gb():.1f} GB are free")
+        # Plain PyTorch first; last what may fail to be captured as a graph, which can leave torch in disorder.
+        for c in sorted(contenders, key=lambda c: 0 if c.plain else 1 if not c.optional and not c.ours else 2 if c.ours else 3):
+            if c.needs_gb > self.free_gb():
+                free = self.free_gb()
+                self.skip(f"{case}, {c.name}", f"needs about {c.needs_gb:.1f} GB of memory, {free:.1f} GB are free")
                 continue
             try:
                 run = c.make(threads)
                 got = {name: tensor.detach() for name, tensor in c.outputs(run()).items()}
             except Skipped as reason:
                 self.skip(f"{case}, {c.name}", str(reason))
+                continue
+            except torch.cuda.OutOfMemoryError as error:
+                self.skip(f"{case}, {c.name}", f"out of memory: {str(error).splitlines()[0][:160]}")
                 continue
             except Exception as error:
                 complaint = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
@@ -248,6 +305,8 @@ class Session:
                     limit = error_and_limit(tensor, tensor, oracle[name])[1]
                     limits[name] = max(limits.get(name, 0.0), limit)
             ready.append((c, run))
+        places = {c.name: place for place, c in enumerate(contenders)}
+        ready.sort(key=lambda found: (found[0].ours, not found[0].plain, places[found[0].name]))
         return ready, errors
 
 
@@ -307,7 +366,20 @@ def use_threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def interleave(runs: dict[str, Callable[[], Any]], seconds: float, min_repeats: int, max_repeats: int) -> dict[str, Timing]:
+def host_seconds(run: Callable[[], Any], loops: int) -> float:
+    start = time.perf_counter()
+    for _ in range(loops):
+        run()
+    return time.perf_counter() - start
+
+
+def interleave(
+    runs: dict[str, Callable[[], Any]],
+    seconds: float,
+    min_repeats: int,
+    max_repeats: int,
+    clock: Callable[[Callable[[], Any], int], float] = host_seconds,  # the seconds that so many calls take
+) -> dict[str, Timing]:
     """Round-robin medians: in each round every contender is sampled once; slow ones sit out some rounds.
 
     A sample of a fast contender is a loop of about 5 ms after one untimed call, so that it runs as in a training loop and
@@ -316,9 +388,7 @@ def interleave(runs: dict[str, Callable[[], Any]], seconds: float, min_repeats: 
     once: dict[str, float] = {}
     for name, run in runs.items():
         run()  # warm-up
-        start = time.perf_counter()
-        run()
-        once[name] = time.perf_counter() - start
+        once[name] = clock(run, 1)
     inner = {name: max(1, min(2000, math.ceil(5e-3 / max(t, 1e-7)))) if t < 5e-3 else 1 for name, t in once.items()}
     count = {
         name: max(min_repeats, min(max_repeats, int(seconds / max(once[name] * (inner[name] + 1), 1e-9)))) for name in runs
@@ -334,13 +404,10 @@ def interleave(runs: dict[str, Callable[[], Any]], seconds: float, min_repeats: 
                 name = names[(i + r) % len(names)]
                 if (r + 1) * count[name] // rounds == r * count[name] // rounds:
                     continue
-                run, loops = runs[name], range(inner[name])
+                run, loops = runs[name], inner[name]
                 if once[name] < 0.05:
                     run()
-                start = time.perf_counter()
-                for _ in loops:
-                    run()
-                timings[name].seconds.append((time.perf_counter() - start) / len(loops))
+                timings[name].seconds.append(clock(run, loops) / loops)
             gc.collect(0)
     finally:
         if collecting:
@@ -515,7 +582,10 @@ def print_table(session: Session) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 180)
-    table = Table(title=f"{session.facts['machine']}, SIMD {session.facts['simd']}, torch {session.facts['torch']}")
+    machines = dict.fromkeys((row["machine"], row["simd"]) for row in session.rows)
+    machines = machines or {(session.facts["machine"], session.facts["simd"]): None}
+    title = "; ".join(f"{machine}, {simd if simd.startswith('sm_') else f'SIMD {simd}'}" for machine, simd in machines)
+    table = Table(title=f"{title}, torch {session.facts['torch']}")
     for name in ("case", "contender", "threads", "ms", "GFLOP/s", "GB/s", "peak MB", "result", "x baseline", "bar", "met"):
         table.add_column(name, justify="left" if name in ("case", "contender", "bar") else "right")
 
