@@ -317,8 +317,8 @@ def train(
         >>> import torch
         >>> from lowrank_kernels.factorization import DeepFactorization, SquaredLoss, train
         >>> loss = SquaredLoss(torch.outer(torch.arange(1.0, 7.0), torch.ones(6)).double())
-        >>> model = DeepFactorization(2, 6, init_scale=0.1, generator=torch.Generator().manual_seed(0))
-        >>> train(model, loss, learning_rate=0.02, steps=2000, tol=1e-12).status.name
+        >>> model = DeepFactorization(2, 6, init_scale=0.01, generator=torch.Generator().manual_seed(0))
+        >>> train(model, loss, learning_rate=0.02, steps=1000, tol=1e-6).status.name
         'CONVERGED'
         >>> train(model, loss, learning_rate=0.1, steps=10)
         Traceback (most recent call last):
