@@ -158,7 +158,8 @@ def contender(
 
 def measure(session: GpuSession, dtype: torch.dtype) -> None:
     words = "float32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} autocast"
-    case = f"training step of a BERT-base-shaped encoder, 16 x 128 tokens, rank 8, {words}"
+    model = "tiny encoder, 4 x 8 tokens" if session.quick else "BERT-base-shaped encoder, 16 x 128 tokens"
+    case = f"training step of a {model}, rank {RANK}, {words}"
     if not session.time_for(f"{BENCH}: {words}", 25.0 if not session.rehearsal else 0.0):
         return
     peaks: dict[str, float] = {}

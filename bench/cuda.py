@@ -281,7 +281,7 @@ class GpuSession(Session):
                 found = self._best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
                 self.rates[name] = 2e-9 * size**3 / found.columns()["median_ms"] * 1e3
                 values = {"dtype": name, "gflops": self.rates[name]}
-                self._record_ceiling(f"matrix product of {size} x {size}", "torch mm", found, **values)
+                self._record_ceiling(f"matrix product of {size} x {size}, {name}", "torch mm", found, **values)
         for place, share in (("inside L2", 0.25), ("larger than L2", 4.0)):
             with self.guarded(f"ceiling: table {place}"):
                 rows = 64 if self.quick else max(1, int(share * self.l2_bytes / 64))

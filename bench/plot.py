@@ -1,9 +1,10 @@
-"""``python -m bench.plot``: figures and Markdown tables from the rows in ``bench/data``.
+"""``python -m bench.plot``: figures and Markdown tables from the rows in ``bench/data``; ``--short CSV``: a short text.
 
 The newest row of each case, contender and thread count counts. Writes ``docs/figures/*.png`` and the blocks between
 ``<!-- bench:begin -->`` and ``<!-- bench:end -->``: in README.md the rows with a bar and those we lose, in bench/README.md
-all of them. Layers stand by their time over the frozen linear layer, one line a case. ``--check`` writes nothing and exits
-with 1 when a block or a figure is not what the rows give.
+all of them. Layers stand by their time over the frozen linear layer, one line a case. Rows measured on a GPU, where there
+are any, have tables and a figure of their own. ``--check`` writes nothing and exits with 1 when a block or a figure is not
+what the rows give.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ FROZEN = "frozen linear"
 OVER = f"over {FROZEN}"
 LAYERS = ("eager chain", "addmm chain", "compiled chain", "PEFT lora.Linear", OURS)
 
+SHORT_LINES, SHORT_WIDTH = 40, 78
+
 Row = dict[str, str]
+
+
+def on_gpu(row: Row) -> bool:
+    """Measured on a GPU: the column of the SIMD level then has its architecture. A rehearsal has the CPU's."""
+    return row["simd"].startswith("sm_")
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
@@ -92,8 +100,51 @@ def layers(rows: Sequence[Row], all_of_them: bool) -> str:
     return f"Time over the frozen linear layer, which is 1:\n\n{table(header, lines)}"
 
 
+def gpu_tables(rows: Sequence[Row]) -> str:
+    """Rows of GPUs alone: layers over the frozen one, completion, the encoder's step, the ceilings of the run."""
+    parts = []
+    for machine in dict.fromkeys(r["machine"] for r in rows):
+        own = [r for r in rows if r["machine"] == machine]
+        parts.append(f"On a GPU, {machine}:")
+        parts.append(layers([r for r in own if r["metric"] == OVER], all_of_them=False))
+        completion = [r for r in own if r["bench"] == "completion_cuda"]
+        lines = []
+        for case in dict.fromkeys(r["case"] for r in completion):
+            found = [r for r in completion if r["case"] == case]
+            best = [
+                min((r for r in found if wanted(r["contender"])), key=lambda r: float(r["median_ms"]), default=None)
+                for wanted in (lambda c: "autograd COO" in c, lambda c: "CSR" in c, lambda c: c == f"{OURS}, autograd")
+            ]
+            judged = next((r for r in found if r["bar"]), best[2])
+            cells = [milliseconds(r["median_ms"]) if r else "" for r in best]
+            lines.append([case, *cells, *([speed(judged), judged["bar"], judged["met"]] if judged else [""] * 3)])
+        if lines:
+            header = ("loss and all gradients", "eager autograd", "torch.sparse", OURS, "speed", "bar, set beforehand", "met")
+            parts.append(table(header, lines))
+        lines = [
+            [r["case"], r["contender"], milliseconds(r["median_ms"]), result(r), number(r["peak_mb"], 4), r["bar"], r["met"]]
+            for r in own
+            if r["bench"] == "encoder_cuda"
+        ]
+        if lines:
+            parts.append(table(("training step", "how", "median", "result", "peak MB", "bar, set beforehand", "met"), lines))
+        reached = [
+            f"{r['case']}: " + (f"{float(r['gflops']) / 1000:.3g} TFLOP/s" if r["gflops"] else f"{float(r['gbs']):.4g} GB/s")
+            for r in own
+            if r["bench"] == "ceilings_cuda" and (r["gflops"] or r["gbs"])
+        ]
+        if reached:
+            parts.append(f"Ceilings in the same run: {'; '.join(reached)}.")
+    return "\n\n".join(filter(None, parts))
+
+
 def summary(rows: Sequence[Row]) -> str:
     """For README.md: what has a bar, and what we lose against the fastest other."""
+    gpu, rows = [r for r in rows if on_gpu(r)], [r for r in rows if not on_gpu(r)]
+    return "\n\n".join(filter(None, [cpu_tables(rows) if rows else "", gpu_tables(gpu)]))
+
+
+def cpu_tables(rows: Sequence[Row]) -> str:
     barred = [
         [r["case"], r["contender"], r["threads"], milliseconds(r["median_ms"]), result(r), speed(r), r["bar"], r["met"]]
         for r in rows
@@ -127,6 +178,14 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def everything(rows: Sequence[Row]) -> str:
+    parts = [sections([r for r in rows if not on_gpu(r)])]
+    for machine in dict.fromkeys(r["machine"] for r in rows if on_gpu(r)):
+        found = sections([r for r in rows if on_gpu(r) and r["machine"] == machine])
+        parts.append(found.replace("### ", f"### {machine}, "))
+    return "\n\n".join(filter(None, parts))
+
+
+def sections(rows: Sequence[Row]) -> str:
     header = ("contender", "threads", "median", "quartiles, ms", "GFLOP/s", "of sgemm", "GB/s", "of copy")
     header = (*header, "peak MB", "error", "result", "speed", "bar", "met", "note")
     compared = layers([r for r in rows if r["metric"] == OVER], all_of_them=True)
@@ -166,12 +225,13 @@ def provenance(rows: Sequence[Row]) -> str:
         own = [r for r in rows if r["machine"] == machine]
         dates = sorted(r["date"][:10] for r in own)
         revisions = sorted({r["revision"] + ("+" if r["dirty"] == "yes" else "") for r in own})
-        versions = sorted({f"torch {r['torch']}, Python {r['python']}, SIMD {r['simd']}" for r in own})
+        level, command = ("", "make gpu") if on_gpu(own[0]) else ("SIMD ", "make bench")
+        versions = sorted({f"torch {r['torch']}, Python {r['python']}, {level}{r['simd']}" for r in own})
         load = max((float(r["load"]) for r in own if r["load"]), default=0.0)
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         lines.append(
             f"{machine}; {'; '.join(versions)}; {when}; revision {', '.join(revisions)}; highest load average {load:.1f}. "
-            f"Medians, interleaved, checked against float64; rows in bench/data, made by `make bench`."
+            f"Medians, interleaved, checked against float64; rows in bench/data, made by `{command}`."
         )
     return "\n".join(lines)
 
@@ -193,6 +253,7 @@ LAYER = re.compile(r"forward and backward, T=(\d+), (\d+ -> \d+), k=16(, dropout
 
 def figures(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[Row]]]]:
     """File name -> titled panels of rows."""
+    gpu, rows = [r for r in rows if on_gpu(r)], [r for r in rows if not on_gpu(r)]
     result: dict[str, list[tuple[str, list[Row]]]] = {}
     timed = [r for r in rows if r["bench"] == "completion" and r["median_ms"]]
     # One picture of the sizes, one of the other shapes.
@@ -212,6 +273,14 @@ def figures(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[Row]]]]:
     panels = [(t, [r for found, r in overhead if found and found[2] + (found[3] or "") == t]) for t in titles]
     if panels:
         result["three_factor.png"] = panels
+    shown = [r for r in gpu if r["bench"].endswith("_cuda") and r["bench"] != "ceilings_cuda" and r["median_ms"]]
+    panels = []
+    for key in dict.fromkeys((r["machine"], r["case"]) for r in shown):
+        found = [r for r in shown if (r["machine"], r["case"]) == key]
+        if any(r["bar"].count("<=") or "ratio >= 8" in r["bar"] for r in found):  # a bar of its own
+            panels.append((f"{key[0]}: {key[1]}", found))
+    if panels:
+        result["gpu.png"] = panels
     return result
 
 
@@ -228,7 +297,7 @@ def draw(path: Path, panels: list[tuple[str, list[Row]]]) -> None:
 
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    curves = panels[0][1][0]["metric"] == OVER
+    curves = bool(LAYER.fullmatch(panels[0][1][0]["case"]))
     height = 10 if curves else max(len(rows) for _, rows in panels)
     figure, axes = plt.subplots(lines, columns, figsize=(5.6 * columns, lines * (0.9 + 0.24 * height)), squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -253,7 +322,7 @@ def draw_points(axis: Any, rows: list[Row]) -> None:
     """Points of the metric where there is one, else of times on a logarithmic axis. Neither axis starts at zero: no bars."""
     metric = rows[0]["metric"]
     values = [float(r["value"] if metric else r["median_ms"]) for r in rows]
-    names = [f"{r['contender']} ({r['threads']})" for r in rows]
+    names = [f"{r['contender']} ({r['threads']})" if r["threads"] else r["contender"] for r in rows]
     colours = ["#c1440e" if OURS in r["contender"] else "#9aa5b1" for r in rows]
     places = range(len(rows), 0, -1)
     axis.scatter(values, list(places), color=colours, zorder=3)
@@ -263,7 +332,8 @@ def draw_points(axis: Any, rows: list[Row]) -> None:
         axis.set_xscale("log")
     axis.margins(x=0.15)
     axis.set_ylim(0.4, len(rows) + 0.6)
-    axis.set_xlabel(metric or "ms a step (number of threads in brackets)", fontsize=7)
+    threads = " (number of threads in brackets)" if rows[0]["threads"] else ""
+    axis.set_xlabel(metric or f"ms a step{threads}", fontsize=7)
     for place, value in zip(places, values, strict=True):
         axis.annotate(f"{value:.4g}", (value, place), (6, 0), textcoords="offset points", va="center", fontsize=6)
 
@@ -296,6 +366,56 @@ def is_current(path: Path, panels: list[tuple[str, list[Row]]]) -> bool:
     return path.exists() and digest(panels).encode() in path.read_bytes()
 
 
+# ---------------------------------------------------------------------- a short text
+
+
+def shortened(case: str) -> str:
+    words = {
+        ", bfloat16, float32 factors": "",
+        "forward and backward": "fwd+bwd",
+        "training step of a BERT-base-shaped encoder": "BERT-base step",
+        "random rows of 64 bytes from a table": "64-byte rows",
+        "CPU rehearsal of ": "rehearsed ",
+    }
+    for long, brief in words.items():
+        case = case.replace(long, brief)
+    return case
+
+
+def short(rows: Sequence[Row]) -> str:
+    """Plain text of at most 40 lines: rows with a bar of their own, ceilings, then what else is ours."""
+
+    def place(row: Row) -> int:
+        if "<=" in row["bar"] or (row["bar"] and row["bench"] not in ("three_factor", "three_factor_cuda")):
+            return 0
+        return 1 if row["met"] == "no" else 2 if row["bench"] == "ceilings_cuda" else 3 if row["bar"] else 4
+
+    chosen = sorted((r for r in rows if r["bar"] or OURS in r["contender"] or r["bench"] == "ceilings_cuda"), key=place)
+    judged = [r for r in rows if r["bar"]]
+    machines = ", ".join(dict.fromkeys(f"{r['machine']} ({r['simd']})" for r in rows))
+    lines = [f"{machines}: {sum(r['met'] == 'yes' for r in judged)} of {len(judged)} rows with a bar meet it"]
+    room = SHORT_LINES - 3 if len(chosen) > SHORT_LINES - 2 else len(chosen)
+    cells = [
+        [
+            shortened(f"{r['bench'].removesuffix('_cuda')}: {r['case']}"),
+            r["contender"].removeprefix(f"{OURS}, "),
+            milliseconds(r["median_ms"]),
+            result(r) or (f"{number(r['gflops'])} GFLOP/s" if r["gflops"] else f"{number(r['gbs'])} GB/s" if r["gbs"] else ""),
+            speed(r),
+            r["bar"],
+            r["met"],
+        ]
+        for r in chosen[:room]
+    ]
+    cells.insert(0, ["case", "how", "median", "result", "speed", "bar", "met"])
+    cells = [[*(cell[:SHORT_WIDTH] for cell in line)] for line in cells]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    if len(chosen) > room:
+        lines.append(f"... and {len(chosen) - room} more rows")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------- command
 
 
@@ -306,7 +426,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--details", type=Path, default=ROOT / "bench" / "README.md", help="file for the table of all rows")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", metavar="FOLDER")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when something is stale")
+    parser.add_argument(
+        "--short", type=Path, metavar="CSV", help=f"print it in at most {SHORT_LINES} lines and do nothing else"
+    )
     options = parser.parse_args(arguments)
+    if options.short:
+        if not options.short.is_file() or not (rows := newest(read_rows(options.short))):
+            print(f"no rows in {options.short}", file=sys.stderr)
+            return 1
+        print(short(rows))
+        return 0
     files = options.csv or sorted(DATA.glob("*.csv"))
     rows = newest([row for file in files for row in read_rows(file)])
     if not rows:

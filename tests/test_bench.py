@@ -12,6 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU_BENCHES = ("three_factor_cuda", "completion_cuda", "encoder_cuda")
+NO_GPU = not torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="bench/ is not at hand: not a source checkout")
 
 
@@ -48,16 +50,19 @@ def test_quick_run_ends_and_its_rows_are_complete(harness: ModuleType, tmp_path:
     out = tmp_path / "rows.csv"
     command = [sys.executable, "-m", "bench", "--quick", "--out", str(out)]
     environment = os.environ | {"LOWRANK_DATA": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = harness.read_rows(out)
     assert list(rows[0]) == harness.COLUMNS
-    assert {row["bench"] for row in rows} >= {"completion", "three_factor", "training"}
+    assert {row["bench"] for row in rows} >= {"completion", "three_factor", "training", *GPU_BENCHES[:2], "ceilings_cuda"}
     for row in rows:
         for column in ("date", "revision", "dirty", "machine", "simd", "python", "torch", "package", "case", "contender"):
             assert row[column], (column, row)
         assert row["median_ms"] or row["value"], row
         assert row["met"] in (("yes", "no") if row["bar"] else ("",)), row
+        if NO_GPU and row["bench"].endswith("_cuda"):  # a rehearsal says so, and has the CPU's machine and SIMD level
+            assert "CPU rehearsal" in row["case"], row
+            assert not row["simd"].startswith("sm_"), row
     names = {row["contender"] for row in rows}
     assert {"autograd COO", "hand-written COO", "dense", "lowrank_kernels, autograd"} <= names
     assert {"frozen linear", "eager chain", "addmm chain", "lowrank_kernels"} <= names
@@ -208,6 +213,144 @@ def test_peak_memory_sees_what_a_step_allocates(harness: ModuleType) -> None:
     assert 2 * 12.8 < peak < 8 * 12.8  # gathered rows of 1e5 x 32 float32 numbers are 12.8 MB, and there are several
 
 
+# ---------------------------------------------------------------------- benches of a GPU
+
+
+@pytest.fixture
+def gpu_session(harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A rehearsal: the session of the GPU benches on the CPU."""
+    cuda = load("cuda", monkeypatch)
+    parent = session(harness, tmp_path / "rows.csv")
+    monkeypatch.setattr(cuda, "why_no_gpu", lambda: "none wanted")
+    return cuda.gpu_session(parent)
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_without_a_gpu_its_benches_are_skipped_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    out = tmp_path / "rows.csv"
+    assert load("__main__", monkeypatch).main(["--only", *GPU_BENCHES, "--out", str(out)]) == 0
+    assert not out.exists()
+    text = capsys.readouterr().out
+    for name in ("three_factor_cuda.barred", "completion_cuda.sizes", "encoder_cuda.autocast"):
+        assert f"skipped: {name}: no GPU that torch" in text
+
+
+def test_the_time_budget_leaves_cases_out_and_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    arguments = ["--quick", "--only", *GPU_BENCHES, "--out", str(tmp_path / "rows.csv"), "--seconds", "0"]
+    assert load("__main__", monkeypatch).main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "skipped: three_factor_cuda.barred: left out" in text
+    assert "skipped: encoder_cuda.autocast: left out" in text
+
+
+def test_every_set_of_a_gpu_case_is_called_and_the_first_one_last(gpu_session: Any, harness: ModuleType) -> None:
+    called: list[int] = []
+    x = torch.ones(3)
+
+    def contender(place: int) -> Any:
+        def run() -> dict[str, torch.Tensor]:
+            called.append(place)
+            return {"y": x}
+
+        return harness.Contender("ours", lambda threads: run, ours=True)
+
+    sets = [[contender(place)] for place in range(3)]
+    gpu_session.compare_sets("three_factor_cuda", "sets", sets, oracle=lambda: {"y": x.double()}, graph=True)
+    assert called[:7] == [0, 1, 2, 0, 1, 2, 0]  # the check, then whole rounds
+    (row,) = [row for row in gpu_session.rows if row["contender"] == "ours"]
+    assert row["case"] == "sets, CPU rehearsal of graph, cold"
+    assert row["threads"] == ""
+
+
+@pytest.mark.parametrize("when", ["made", "called", "oracle"])
+def test_out_of_memory_skips_the_row_and_the_run_goes_on(gpu_session: Any, harness: ModuleType, when: str) -> None:
+    x = torch.ones(3)
+
+    def exhausted() -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    def make(threads: int) -> Any:
+        return exhausted() if when == "made" else exhausted if when == "called" else lambda: {"y": x}
+
+    good = harness.Contender("good", lambda threads: lambda: {"y": x}, plain=True)
+    oracle = exhausted if when == "oracle" else lambda: {"y": x.double()}
+    sets = [[good, harness.Contender("large", make)]]
+    gpu_session.compare_sets("completion_cuda", "memory", sets, oracle=oracle, graph=False)
+    names = [row["contender"] for row in gpu_session.rows if row["bench"] == "completion_cuda"]
+    assert (names, gpu_session.errors) == ([] if when == "oracle" else ["good"], [])
+    assert "out of memory: CUDA out of memory" in gpu_session.skipped[-1][1]
+
+
+def test_a_wrong_contender_gets_no_time_on_a_gpu(gpu_session: Any, harness: ModuleType) -> None:
+    contenders, oracle = square_contenders(harness, wrong=True)
+    gpu_session.compare_sets("completion_cuda", "squares", [contenders], oracle=lambda: oracle, graph=True)
+    names = [row["contender"] for row in gpu_session.rows if row["bench"] == "completion_cuda"]
+    assert (names, len(gpu_session.errors)) == (["plain"], 1)
+
+
+def test_peak_memory_is_judged_against_another_contender(gpu_session: Any, harness: ModuleType) -> None:
+    x = torch.ones(3)
+    ours, other = (harness.Contender(name, lambda threads: lambda: {"y": x}, ours=name == "ours") for name in ("ours", "other"))
+    options = {"oracle": lambda: {"y": x.double()}, "graph": False, "memory": ("ours", "other")}
+    for peak in (90.0, 110.0):
+        gpu_session.compare_sets("encoder_cuda", f"{peak}", [[other, ours]], peaks={"ours": peak, "other": 100.0}, **options)
+    judged = [(row["bar"], row["met"]) for row in gpu_session.rows if row["contender"] == "ours"]
+    assert judged == [("peak MB <= 100", "yes"), ("peak MB <= 100", "no")]
+
+
+def test_poison_reaches_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    tensors = [leaf * 2, torch.ones(3, 2).t(), torch.ones(1)]
+    load("cuda", monkeypatch).poison((tensors[0], [tensors[1], None], {"y": tensors[2]}))
+    assert all(bool(torch.isnan(tensor).all()) for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", ["y", "dx"])
+def test_projections_see_one_wrong_row(harness: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where whole float64 products would take long; the wrong row is none of those compared whole."""
+    bench = load("bench_three_factor", monkeypatch)
+    case = bench.Case(300, 48, 40, 16, sampled=True)
+    result = dict(zip(bench.ALL, bench.runner(case, bench.chain)(1)(), strict=True))
+    assert harness.judge(bench.named(case)(tuple(result.values())), case.exact, "float32", {})[1] == ""
+    compared = set(case.sample(40)[0].tolist())
+    row = next(row for row in range(case.tokens) if row not in compared)
+    result[name] = result[name].detach().clone()
+    result[name][row, 3] += 1
+    assert f"{name} sums" in harness.judge(bench.named(case)(tuple(result.values())), case.exact, "float32", {})[1]
+
+
+def test_drawn_cells_are_distinct_sorted_and_skewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, col = load("bench_completion", monkeypatch).drawn_cells(300, 200, 15_000, torch.Generator().manual_seed(0))
+    cells = row * 200 + col
+    assert bool((cells[1:] > cells[:-1]).all())
+    assert (cells.numel(), int(row.min()) >= 0, int(row.max()) < 300, int(col.max()) < 200) == (15_000, True, True, True)
+    counts = torch.bincount(col, minlength=200).sort(descending=True).values
+    assert int(counts[0]) > 2 * int(counts[100])
+
+
+@pytest.mark.parametrize("fault", ["loss", "adapters"])
+def test_an_encoder_that_does_not_train_is_refused(gpu_session: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    pytest.importorskip("transformers")
+    bench = load("bench_encoder_cuda", monkeypatch)
+    training = bench.Training(gpu_session, torch.float32)
+    adapted = bench.deep_lora(training)
+    if fault == "loss":
+        monkeypatch.setattr(training.optimizer, "step", lambda: None)
+    else:
+        frozen = {id(p) for parameters in adapted.values() for p in parameters}
+        training.optimizer = torch.optim.AdamW(
+            [p for p in training.model.parameters() if p.requires_grad and id(p) not in frozen]
+        )
+    with pytest.raises(ValueError, match="does not fall" if fault == "loss" else "12 adapted layers did not change"):
+        training.check(adapted, training.layers)
+
+
 # ---------------------------------------------------------------------- rows
 
 
@@ -328,3 +471,77 @@ def test_plot_wants_one_block(monkeypatch: pytest.MonkeyPatch, project: dict[str
     with pytest.raises(SystemExit, match="bench:begin"):
         plot(monkeypatch, project)
     assert project["readme"].read_text() == "# Title\n"
+
+
+@pytest.fixture
+def gpu_rows(harness: ModuleType, project: dict[str, Path]) -> dict[str, Path]:
+    """Made-up rows as a GPU would give them, beside those of the project."""
+    made_up = {
+        "revision": "0000000",
+        "dirty": "no",
+        "machine": "made-up",
+        "simd": "sm_00",
+        "python": "3",
+        "torch": "2",
+        "package": "0",
+    }
+    s = harness.Session(project["csv"], quick=True, say=lambda text: None, facts=made_up)
+    layer = "forward and backward, T=8192, 4096 -> 4096, k=16, bfloat16, float32 factors, graph, cold"
+    for name, value in (("frozen linear", 1.0), ("addmm chain", 1.5), ("lowrank_kernels", 1.25)):
+        bars = [harness.Bar("over frozen linear", 1.16)] if name == "lowrank_kernels" else []
+        measured = {"median_ms": 2 * value, "metric": "over frozen linear", "value": value, "bars": bars}
+        s.record("three_factor_cuda", layer, name, baseline="addmm chain", ratio=1.5 / value, **measured)
+    for name, ms in (("autograd COO", 64.0), ("hand-written CSR", 32.0), ("lowrank_kernels, autograd", 4.0)):
+        bars = [harness.Bar("ratio", 8.0, at_least=True)] if "lowrank" in name else []
+        case = "2e7 entries, 138493 x 26744, k=16, launched, cold"
+        s.record("completion_cuda", case, name, median_ms=ms, baseline="autograd COO", ratio=64.0 / ms, bars=bars)
+    for name, value in (("PEFT LoRA", 1.0), ("lowrank_kernels, Deep LoRA", 0.9)):
+        case, bars = "training step of an encoder, launched", [harness.Bar("over PEFT LoRA", 1.0)] * (value < 1)
+        s.record(
+            "encoder_cuda", case, name, median_ms=10 * value, peak_mb=700.0, metric="over PEFT LoRA", value=value, bars=bars
+        )
+    s.record("ceilings_cuda", "matrix product of 8 x 8, bfloat16", "torch mm", median_ms=1.0, gflops=5000.0)
+    return project
+
+
+def test_rows_of_a_gpu_have_tables_and_a_figure_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, gpu_rows: dict[str, Path]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot(monkeypatch, gpu_rows) == 0
+    readme = gpu_rows["readme"].read_text()
+    before, after = readme.split("On a GPU, made-up:")
+    assert "T=8192" not in before
+    assert "| 2 ms |  | 1.5 |  |  | 1.25 | 1.2x addmm chain | over frozen linear <= 1.16 | no |" in after
+    assert "| 64 ms | 32 ms | 4 ms | 16x autograd COO | ratio >= 8 | yes |" in after
+    assert "| 9 ms | over PEFT LoRA 0.9 | 700 | over PEFT LoRA <= 1 | yes |" in after
+    assert "matrix product of 8 x 8, bfloat16: 5 TFLOP/s" in after
+    assert "made-up; torch 2, Python 3, sm_00;" in after
+    assert "made by `make gpu`" in after
+    assert "### made-up, completion_cuda: 2e7 entries" in gpu_rows["details"].read_text()
+    assert "gpu.png" in [p.name for p in gpu_rows["figures"].iterdir()]
+    assert plot(monkeypatch, gpu_rows, "--check") == 0
+
+
+def test_without_rows_of_a_gpu_there_is_no_word_of_one(monkeypatch: pytest.MonkeyPatch, project: dict[str, Path]) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot(monkeypatch, project) == 0
+    assert "GPU" not in project["readme"].read_text() + project["details"].read_text()
+    assert "gpu.png" not in [p.name for p in project["figures"].iterdir()]
+
+
+def test_the_short_text_has_the_bars_first_and_at_most_40_lines(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, gpu_rows: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    s = session(harness, gpu_rows["csv"])
+    for tokens in range(60):
+        s.record("three_factor", f"inference, T={tokens}", "lowrank_kernels", threads=1, median_ms=1.0)
+    assert load("plot", monkeypatch).main(["--short", str(gpu_rows["csv"])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 40
+    assert "rows with a bar meet it" in lines[0]
+    own = [i for i, line in enumerate(lines) if "<= 1.16" in line or "ratio >= 8" in line or "PEFT LoRA <= 1" in line]
+    assert len(own) == 3
+    assert max(own) < min(i for i, line in enumerate(lines) if "inference" in line)
+    assert lines[-1].endswith("more rows")
+    assert load("plot", monkeypatch).main(["--short", str(gpu_rows["csv"].with_name("none.csv"))]) == 1
