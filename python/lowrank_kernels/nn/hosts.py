@@ -58,7 +58,10 @@ class Linear(AdapterLayer):
         return three_factor_linear(x, weight, left, core, right, bias=bias, scale=scale, dropout_p=self._dropout(name))
 
     def forward(self, x: Tensor) -> Tensor:
-        base, running = self._modules["base_layer"], self._running
+        return self._run(x, self._running)
+
+    def _run(self, x: Tensor, running: tuple[str, ...]) -> Tensor:
+        base = self._modules["base_layer"]
         weight = _fusable(base) if running else None  # type: ignore[arg-type]
         if weight is None:
             y = base(x)  # type: ignore[misc]
@@ -105,9 +108,12 @@ class Embedding(AdapterLayer):
         return matrix.t()
 
     def forward(self, ids: Tensor) -> Tensor:
+        return self._run(ids, self._running)
+
+    def _run(self, ids: Tensor, running: tuple[str, ...]) -> Tensor:
         base: Any = self.base_layer
         y = base(ids)
-        for name in self._running:
+        for name in running:
             factors = self.factors(name)
             z = F.embedding(ids, factors.right.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq).to(y.dtype)
             p = self._dropout(name)
@@ -141,10 +147,13 @@ class Conv(AdapterLayer):
         return matrix.reshape(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, self._running)
+
+    def _run(self, x: Tensor, running: tuple[str, ...]) -> Tensor:
         base: Any = self.base_layer
         y = base(x)
         channels = 1 - self.weight.ndim  # the channels' dimension, counted from the end
-        for name in self._running:
+        for name in running:
             factors = self.factors(name)
             kernels = factors.right.reshape(-1, *self.weight.shape[1:]).to(x.dtype)
             z = base._conv_forward(F.dropout(x, self._dropout(name)), kernels, None)  # its padding mode included

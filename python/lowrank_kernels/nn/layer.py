@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ class AdapterLayer(nn.Module):
     adapters: dict[str, AdapterInfo]
     matrix_shape: tuple[int, int]
     _base_class: type[nn.Module]
-    _kinds: tuple[str, ...] = ("left", "core", "right")
+    _kinds: Mapping[str, str] = {"left": "left", "core": "core", "right": "right"}  # kind -> attribute of its parameters
     _mirrored: tuple[str, ...] = ()  # attributes of the base layer that models read
 
     def __init__(self, base_layer: nn.Module, *args: Any, adapter: str = "default", **options: Any) -> None:
@@ -90,13 +90,14 @@ class AdapterLayer(nn.Module):
             raise TypeError(f"{type(self).__name__}: base_layer {reason}")
         super().__init__()
         self.base_layer = base_layer
-        for kind in self._kinds:
-            setattr(self, kind, nn.ParameterDict())
+        for attribute in self._kinds.values():
+            setattr(self, attribute, nn.ParameterDict())
         self.matrix_shape = self._matrix_shape(base_layer)
         self.adapters = {}
         self._enabled = True
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
+        self._paused: tuple[str, ...] = ()  # was merged before the layer was disabled, and will be again
         self._running: tuple[str, ...] = ()  # what forward runs
         self._stash: Tensor | None = None  # the base weight while adapters are merged into it
         for name in self._mirrored:
@@ -142,10 +143,10 @@ class AdapterLayer(nn.Module):
 
     def factors(self, name: str) -> Factors:
         """The factors of an adapter as the forward pass uses them: the parameters themselves, differentiable."""
-        info, modules = self._info(name), self._modules
+        info, modules, kinds = self._info(name), self._modules, self._kinds
         # Straight from the dicts: attributes of modules cost 6 us here, a tenth of a small layer's forward pass.
-        left, right = modules["left"]._parameters[name], modules["right"]._parameters[name]  # type: ignore[union-attr]
-        return Factors(left, modules["core"]._parameters.get(name), right, info.scale)  # type: ignore[union-attr, arg-type]
+        left, right = modules[kinds["left"]]._parameters[name], modules[kinds["right"]]._parameters[name]  # type: ignore[union-attr]
+        return Factors(left, modules[kinds["core"]]._parameters.get(name), right, info.scale)  # type: ignore[union-attr, arg-type]
 
     @classmethod
     def from_module(cls, module: nn.Module, *args: Any, **options: Any) -> Any:
@@ -187,7 +188,8 @@ class AdapterLayer(nn.Module):
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The trained parameters of one adapter by kind: left, core, right, or lambdas and gammas."""
         self._info(name)
-        return {kind: getattr(self, kind)[name] for kind in self._kinds if name in getattr(self, kind)}
+        dicts = {kind: getattr(self, attribute) for kind, attribute in self._kinds.items()}
+        return {kind: parameters[name] for kind, parameters in dicts.items() if name in parameters}
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make these adapters the active ones, in this order; only they require gradients."""
@@ -204,7 +206,7 @@ class AdapterLayer(nn.Module):
         self._info(name)
         self._refuse_merged("delete_adapter")
         for kind in self.adapter_parameters(name):
-            del getattr(self, kind)[name]
+            del getattr(self, self._kinds[kind])[name]
         del self.adapters[name]
         self._active = tuple(other for other in self._active if other != name)
         self._refresh()
@@ -234,18 +236,23 @@ class AdapterLayer(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the layer is its base layer; merged adapters are unmerged at the start and merged again at the end."""
-        before, merged = self._enabled, self._merged
-        if merged:
-            self.unmerge()
-        self._enabled = False
-        self._refresh()
+        before = self._enabled
+        self._enable(False)
         try:
             yield
         finally:
-            self._enabled = before
-            self._refresh()
-            if merged:
-                self.merge(merged)
+            self._enable(before)
+
+    def _enable(self, enabled: bool) -> None:
+        if not enabled and self._merged:
+            self._paused = self._merged
+            self.unmerge()
+        self._enabled = enabled
+        self._refresh()
+        if enabled:
+            paused, self._paused = tuple(name for name in self._paused if name in self.adapters), ()
+            if paused:
+                self.merge(paused)
 
     # ------------------------------------------------------------------ merging
 
@@ -352,7 +359,7 @@ class AdapterLayer(nn.Module):
             raise ValueError(f"add_adapter: a name must be a non-empty string without dots, got {name!r}")
         if name in self.adapters:
             raise ValueError(f"add_adapter: there is an adapter {name!r} already; delete_adapter() it first")
-        if hasattr(self.left, name):
+        if hasattr(getattr(self, self._kinds["left"]), name):
             raise ValueError(f"add_adapter: {name!r} is the name of a method of nn.ParameterDict; choose another")
         if generator is not None and generator.device.type != "cpu":
             raise ValueError(f"add_adapter: generator must be a CPU torch.Generator, got one on {generator.device}")
@@ -366,7 +373,7 @@ class AdapterLayer(nn.Module):
             words = " or ".join(map(str, allowed))
             raise TypeError(f"add_adapter: dtype must be {words} for a base weight of {weight.dtype}, got {dtype}")
         for kind, shape in shapes.items():
-            getattr(self, kind)[name] = nn.Parameter(
+            getattr(self, self._kinds[kind])[name] = nn.Parameter(
                 torch.empty(shape, dtype=dtype or allowed[-1], device=weight.device), requires_grad=not self.adapters
             )
         self._active = (*self._active, name) if not self.adapters else self._active

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -98,7 +98,7 @@ class RandLoRA(AdapterLayer):
     method = "randlora"
     lambdas: nn.ParameterDict
     gammas: nn.ParameterDict
-    _kinds = ("left", "core", "right", "lambdas", "gammas")
+    _kinds: Mapping[str, str] = {**AdapterLayer._kinds, "lambdas": "lambdas", "gammas": "gammas"}
 
     def __init__(self, base_layer: nn.Module, *args: Any, **options: Any) -> None:
         self._bases: dict[str, tuple[Tensor, Tensor]] = {}  # no buffers: layers of one shape share them, a seed says all
