@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lowrank_kernels import initialization
 from lowrank_kernels.initialization import Approximation, compress_, merge_approximations
 from lowrank_kernels.nn import AdapterLayer, LoRALinear, layer_class
+from lowrank_kernels.processes import Team
 from lowrank_kernels.reference import compression as paper
 
 
@@ -380,7 +381,7 @@ def test_many_tokens_are_cast_up_in_pieces(monkeypatch):
     monkeypatch.setattr(initialization, "CAST_ELEMENTS", 2**12)
     layer = wrap(nn.Linear(128, 192, dtype=torch.bfloat16))
     x, dy = (torch.randn(500, n, generator=generator()).bfloat16() for n in (128, 192))
-    sketch = initialization._Sketch("", layer, 6, 2, 0)
+    sketch = initialization._Sketch("", layer, 6, 2, 0, initialization._Turns(Team()))
     with Sizes():
         sketch.add(x, dy)
     assert max(sizes) <= 2**12

@@ -32,6 +32,7 @@ from .adapters import adapter_layers, check_free, first_names, install, matrix_s
 from .files import InputError, OutputError, PathLike, check_output, read_head, write_atomically
 from .nn import AdapterInfo, AdapterLayer, Factors
 from .ops.three_factor import FACTOR_TYPES
+from .processes import assign, full, gathered, is_sharded, sharding_team
 from .reference.core import core_product
 
 FORMAT_VERSION = 1
@@ -135,7 +136,8 @@ def export_lora(
 
     Note:
         Products are float64, rounded once to float32 (float64 for float64 factors). RandLoRA has full rank: its export is
-        as large as the weights unless it is shrunk.
+        as large as the weights unless it is shrunk. Of a sharded model every process calls this and gets all factors; the
+        first one writes.
 
     Example:
         >>> import torch
@@ -148,34 +150,40 @@ def export_lora(
         >>> torch.allclose(lora.b @ lora.a, model[0].get_delta_weight("default"), atol=1e-15)
         True
     """
-    adapter, layers = _chosen("export_lora", model, adapter)
-    if folder is not None:
-        _check_peft(model, layers)
-        weights_path, config_path = Path(folder, "adapter_model.safetensors"), Path(folder, "adapter_config.json")
-        if Path(folder).exists():
-            if not Path(folder).is_dir():
-                raise OutputError(f"{folder}: a folder was wanted, this is a file")
-            for path in (weights_path, config_path):
-                check_output(path, overwrite)
-    exported = {}
-    for name, layer in layers.items():
-        try:
-            factors = layer.factors(adapter)
-            exported[name] = _exact(factors) if shrink is None else shrink_factors(factors, shrink)
-        except ValueError as error:
-            raise ValueError(f"export_lora: layer {name!r}: {error}") from None
-    if folder is not None:
-        base = base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        config = json.dumps(_peft_config(model, layers, adapter, exported, base), indent=2).encode() + b"\n"
-        weights = safetensors.torch.save(_peft_tensors(model, layers, exported), {"format": "pt"})
+    team = sharding_team(model)
+    with team.together():
+        adapter, layers = _chosen("export_lora", model, adapter)
+        if folder is not None:
+            _check_peft(model, layers)
+            weights_path, config_path = Path(folder, "adapter_model.safetensors"), Path(folder, "adapter_config.json")
+            if team.rank == 0 and Path(folder).exists():
+                if not Path(folder).is_dir():
+                    raise OutputError(f"{folder}: a folder was wanted, this is a file")
+                for path in (weights_path, config_path):
+                    check_output(path, overwrite)
+        team.meet(None)
+        exported = {}
+        for name, layer in layers.items():
+            try:
+                with gathered(layer):
+                    factors = layer.factors(adapter)
+                exported[name] = _exact(factors) if shrink is None else shrink_factors(factors, shrink)
+            except ValueError as error:
+                raise ValueError(f"export_lora: layer {name!r}: {error}") from None
+        if folder is not None:
+            base = base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+            config = json.dumps(_peft_config(model, layers, adapter, exported, base), indent=2).encode() + b"\n"
+            weights = safetensors.torch.save(_peft_tensors(model, layers, exported), {"format": "pt"})
 
-        def write_both(handle: BinaryIO) -> None:  # the config is on the disk before the weights are replaced
-            handle.write(config)
-            handle.flush()
-            write_atomically(weights_path, lambda inner: inner.write(weights), overwrite)
+            def write_both(handle: BinaryIO) -> None:  # the config is on the disk before the weights are replaced
+                handle.write(config)
+                handle.flush()
+                write_atomically(weights_path, lambda inner: inner.write(weights), overwrite)
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(config_path, write_both, overwrite)
+            if team.rank == 0:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                write_atomically(config_path, write_both, overwrite)
+            team.meet(None)
     return exported
 
 
@@ -319,7 +327,8 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
         OutputError: the file exists or cannot be written; the old file, or none, is there.
 
     Note:
-        The same adapter gives the same bytes, also while it is merged.
+        The same adapter gives the same bytes, also while it is merged. Of a sharded model (``fully_shard``) every process
+        calls this, the first one writes, and the others return or raise with it; the file is that of the whole model.
 
     Example:
         >>> import tempfile, torch
@@ -334,23 +343,29 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
         >>> report.layers, torch.equal(other[0].left["default"], model[0].left["default"])
         (('0',), True)
     """
-    check_output(path, overwrite, (".safetensors",))
-    adapter, layers = _chosen("save_adapter", model, adapter)
-    tensors, described = _trained_tensors("save_adapter", model), {}
-    for name, layer in layers.items():
-        described[name] = {**_place(layer)._asdict(), "info": asdict(layer.adapters[adapter])}
-        for kind, parameter in layer.adapter_parameters(adapter).items():
-            tensors[f"{name}.{kind}"] = _copy("save_adapter", f"{name}.{kind}", parameter)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "package_version": _package_version(),
-        "adapter": adapter,
-        "model": type(model).__name__,
-        "layers": described,
-        "trained": trained_modules(model),
-    }
-    data = safetensors.torch.save(tensors, {_KEY: json.dumps(config, allow_nan=False)})
-    write_atomically(path, lambda handle: handle.write(data), overwrite)
+    team = sharding_team(model)
+    with team.together():
+        if team.rank == 0:
+            check_output(path, overwrite, (".safetensors",))
+        adapter, layers = _chosen("save_adapter", model, adapter)
+        team.meet(None)
+        tensors, described = _trained_tensors("save_adapter", model), {}
+        for name, layer in layers.items():
+            described[name] = {**_place(layer)._asdict(), "info": asdict(layer.adapters[adapter])}
+            for kind, parameter in layer.adapter_parameters(adapter).items():
+                tensors[f"{name}.{kind}"] = _copy("save_adapter", f"{name}.{kind}", parameter)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "package_version": _package_version(),
+            "adapter": adapter,
+            "model": type(model).__name__,
+            "layers": described,
+            "trained": trained_modules(model),
+        }
+        if team.rank == 0:
+            data = safetensors.torch.save(tensors, {_KEY: json.dumps(config, allow_nan=False)})
+            write_atomically(path, lambda handle: handle.write(data), overwrite)
+        team.meet(None)
 
 
 def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None) -> LoadReport:
@@ -370,8 +385,20 @@ def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
 
     Note:
         Bit for bit, unless the model is of another dtype (the report lists where). Nothing is drawn from torch's own
-        random generator.
+        random generator. Of a sharded model every process calls this and keeps its part; the model must have the adapter
+        already, from before ``fully_shard``.
     """
+    team = sharding_team(model)
+    with team.together():
+        report, values = _prepared(model, path, adapter)
+        team.meet(None)
+    for target, value in values:
+        assign(target, value)
+    return report
+
+
+def _prepared(model: nn.Module, path: PathLike, adapter: str | None) -> tuple[LoadReport, list[tuple[Tensor, Tensor]]]:
+    """The model ready for a file's values, and where they belong."""
     saved = _read(path)
     adapter = saved.adapter if adapter is None else adapter
     added = all(adapter not in layer.adapters for layer in adapter_layers(model).values())
@@ -395,16 +422,14 @@ def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}; nothing was loaded") from error
     layers = adapter_layers(model)
-    targets = {name: layers[name].adapter_parameters(adapter) for name in cast}
+    targets: dict[str, Mapping[str, Tensor]] = {name: layers[name].adapter_parameters(adapter) for name in cast}
     targets |= {name: model.get_submodule(name).state_dict() for name in saved.trained}
-    with torch.no_grad():
-        for name, values in (cast | saved.trained).items():
-            for kind, value in values.items():
-                targets[name][kind].copy_(value)
+    values = [(targets[name][kind], value) for name, own in (cast | saved.trained).items() for kind, value in own.items()]
     rounded = tuple(
         name for name, (_, _, tensors) in saved.layers.items() if {t.dtype for t in tensors.values()} != {dtypes[name]}
     )
-    return LoadReport(adapter, tuple(saved.layers), added, rounded, tuple(saved.trained), saved.package_version)
+    report = LoadReport(adapter, tuple(saved.layers), added, rounded, tuple(saved.trained), saved.package_version)
+    return report, values
 
 
 def _place(module: nn.Module) -> _Place:
@@ -504,6 +529,8 @@ def _misfits(model: nn.Module, saved: _Saved, adapter: str, added: bool) -> Iter
         module, layer = modules.get(name), layers.get(name)
         if module is None:
             yield f"there is no layer {name!r}"
+        elif added and any(map(is_sharded, module.parameters())):
+            yield f"{name!r} is sharded; load the adapter before fully_shard()"
         elif added and (reason := unsupported(module, info.method)):
             yield f"{name!r}: {reason}"
         elif not added and (layer is None or adapter not in layer.adapters):
@@ -583,8 +610,9 @@ def _trained_tensors(function: str, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy(function: str, name: str, value: Tensor) -> Tensor:
+    value = full(value.detach())
     _check_finite(function, name, value)
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return value.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _some(problems: list[str], limit: int = 6) -> str:

@@ -20,6 +20,7 @@ from .adapters import adapter_layers
 from .compression import LinearOperator, top_singular_vectors
 from .files import PathLike, check_output, extra, write_atomically
 from .nn import AdapterLayer, Factors
+from .processes import gathered, sharding_team
 from .reference.core import core_product
 
 
@@ -226,7 +227,8 @@ def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1
     Note:
         The update's values are float64, exact to rounding; O((out + in) k^2) work a layer. s1(W) is that of the weight
         without merged adapters, by a seeded randomized range finder with 12 power steps in the weight's dtype (float32 for
-        half precision), to 1e-3 or better. A RandLoRA layer, of full rank, costs a full SVD.
+        half precision), to 1e-3 or better. A RandLoRA layer, of full rank, costs a full SVD. Of a sharded model
+        (``fully_shard``) every process calls this; layers are gathered one at a time.
 
     Example:
         >>> import torch, lowrank_kernels as lrk
@@ -251,11 +253,13 @@ def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1
     if any(layer.weight.is_meta for layer in layers.values()):
         raise NotImplementedError("rank_report: the model is on the meta device and has no values; load its weights first")
     rows = []
+    sharding_team(model)  # what a forward pass left gathered may be older than the last step
     with torch.no_grad():
         for name, layer in layers.items():
             names = layer.active_adapters if adapter is None else (adapter,) if adapter in layer.adapters else ()
-            base = base_norm(layer) if names else 0.0
-            rows += [_layer_rank(name, layer, each, base, absolute, relative) for each in names]
+            with gathered(layer):
+                base = base_norm(layer) if names else 0.0
+                rows += [_layer_rank(name, layer, each, base, absolute, relative) for each in names]
     if not rows:
         raise ValueError("rank_report: no adapter is active; activate one with set_adapter(), or name one: adapter='default'")
     return RankReport(tuple(rows), float(absolute), float(relative))

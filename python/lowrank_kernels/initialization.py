@@ -7,6 +7,10 @@ Then, per layer, ``left, right`` are the matched frames of the top k / 2 directi
 
 x is kept through autograd's own saved tensors, so that gradient checkpointing holds: it is recomputed with its block.
 
+Several processes run the range finder together: the products are summed over them, 12 thin matrices a layer and batch with
+the defaults. So the directions are those of the summed gradient, which sketches that each process made and cut for itself
+would miss where the processes' batches differ. A process that has no batch left, or does not reach a layer, adds zero.
+
 Source: Yaras et al., ICML 2024, arXiv:2406.04112, sections 2 to 4; range finder: Halko, Martinsson, Tropp, 2011.
 """
 
@@ -19,13 +23,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .compression import LinearOperator, matched_frames, top_singular_vectors
 from .nn import AdapterLayer
+from .processes import Team, agreed, assign, sharding_team, team_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CAST_ELEMENTS = 2**20  # of x and dy cast up at a time: 4 MiB in float32
 
@@ -53,11 +61,13 @@ class CompressionReport:
     """The layers that :func:`compress_` initialized, and the losses of its batches; prints as a short table."""
 
     adapter: str
-    losses: tuple[float, ...]
+    losses: tuple[float, ...]  # of every backward pass; of several processes batch by batch, in the order of their ranks
     layers: tuple[LayerCompression, ...]
+    processes: int = 1
 
     def __str__(self) -> str:
-        lines = [f"adapter {self.adapter!r}: {len(self.layers)} layers from {len(self.losses)} backward passes"]
+        by = f" of {self.processes} processes" if self.processes > 1 else ""
+        lines = [f"adapter {self.adapter!r}: {len(self.layers)} layers from {len(self.losses)} backward passes{by}"]
         width = max(len(row.name) for row in self.layers)
         for row in self.layers:
             s, shape = row.singular_values, "x".join(map(str, row.shape))
@@ -77,6 +87,7 @@ def compress_(
     oversampling: int = 8,
     iterations: int = 2,
     seed: int = 0,
+    group: ProcessGroup | bool | None = None,
 ) -> CompressionReport:
     r"""Initialize every Deep LoRA layer of an adapted model from one gradient, as the paper's compression does.
 
@@ -95,14 +106,17 @@ def compress_(
         oversampling: additional directions that the running approximation keeps.
         iterations: power iterations of the range finder.
         seed: with each layer's name it seeds that layer's draws, so the order of the layers does not matter.
+        group: the processes that call this together, each with its own batches, whose gradients are added up; by default all,
+            where ``torch.distributed`` is initialized. False: this process alone.
 
     Returns:
-        ``CompressionReport(adapter, losses, layers)``.
+        ``CompressionReport(adapter, losses, layers, processes)``.
 
     Raises:
         ValueError: no Deep LoRA layer, an odd rank, a loss that is no finite scalar or does not depend on the layers, layers
             that the loss does not reach, a NaN or infinite gradient (the layer is named), no batches, merged adapters, an
-            unknown adapter, a model on the meta device. Nothing has been changed then.
+            unknown adapter, a model on the meta device; processes whose layers or arguments differ, a sharded model whose
+            processes have unequal numbers of batches. Nothing has been changed then, in any process: all of them raise.
         TypeError: batches of the wrong kind.
 
     Note:
@@ -110,6 +124,12 @@ def compress_(
         parameter frozen; training flags, ``requires_grad``, ``.grad`` and torch's random state are as before afterwards.
         Products are float32 (float64 for float64), their algebra float64. Deterministic. In float16, scale a loss
         whose gradients underflow: its scale does not change the result.
+
+        Several processes end with the same bits, those of the first one, and with what one process finds on their batches
+        joined step by step, up to the order of summation (a joined mean is the sum of equal shares, and scale is nothing).
+        Numbers of batches may differ. Call it before or after ``DistributedDataParallel`` (names are then those inside) and
+        after ``fully_shard``. A process that dies, and an error between the collectives of a sharded forward pass, ends in
+        the group's timeout.
 
     Example:
         >>> import torch
@@ -124,37 +144,51 @@ def compress_(
 
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, sections 3 and 4.
     """
-    layers, adapter = _targets(model, adapter)
-    if oversampling < 0 or iterations < 0:
-        raise ValueError(f"compress_: oversampling and iterations must not be negative, got {oversampling} and {iterations}")
-    if init_scale is not None and not math.isfinite(init_scale):
-        raise ValueError(f"compress_: init_scale must be finite, got {init_scale}")
-    widths = {name: layer.adapters[adapter].rank // 2 + oversampling for name, layer in layers.items()}
-    sketches = {name: _Sketch(name, layer, widths[name], iterations, seed) for name, layer in layers.items()}
-    with _quiet(model, sketches.values()):
-        losses = [_backward(closure) for closure in _closures(model, loss_or_batches, loss_fn)]
+    team = team_of("compress_", group)
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    sharded = sharding_team(model).size > 1
+    with team.together():
+        layers, adapter = _targets(model, adapter)
+        if oversampling < 0 or iterations < 0:
+            raise ValueError(
+                f"compress_: oversampling and iterations must not be negative, got {oversampling} and {iterations}"
+            )
+        if init_scale is not None and not math.isfinite(init_scale):
+            raise ValueError(f"compress_: init_scale must be finite, got {init_scale}")
+        ranks = {name: (layer.matrix_shape, layer.adapters[adapter].rank) for name, layer in layers.items()}
+        same = {"adapter": adapter, "init_scale": init_scale, "oversampling": oversampling, "iterations": iterations}
+        agreed(team, "compress_", {**same, "seed": seed, "layers": ranks})
+        turns = _Turns(team)
+        for name, layer in layers.items():
+            width = layer.adapters[adapter].rank // 2 + oversampling
+            turns.sketches[name] = _Sketch(name, layer, width, iterations, seed, turns)
+    with _quiet(model, turns.sketches.values()):
+        losses = _passes(_closures(model, loss_or_batches, loss_fn), turns, sharded)
     if not losses:
         raise ValueError("compress_: loss_or_batches gave no batches, at least one is needed; an exhausted iterator?")
-    missed = [name for name, sketch in sketches.items() if sketch.found is None]
+    missed = [name for name, sketch in turns.sketches.items() if sketch.found is None]
     if missed:
         raise ValueError(
             f"compress_: the loss does not reach {_some(missed)}; give a loss that depends on every adapted layer, "
             "or leave these layers out with adapt(exclude_modules=...)"
         )
+    sharding_team(model)
     written, rows = [], []
     for name, layer in layers.items():
-        info, found = layer.adapters[adapter], sketches.pop(name).found
+        info, found = layer.adapters[adapter], turns.sketches.pop(name).found
         assert found is not None
         info = info if init_scale is None else replace(info, init_scale=float(init_scale))
         u, v = found.u[:, : info.rank // 2].double(), found.v[:, : info.rank // 2].double()
         left, right = matched_frames(u, v, generator=_generator(seed, name, "frames"))
-        dtype = layer.left[adapter].dtype
-        written.append((layer, info, left.to(dtype), right.to(dtype)))
-        rows.append(LayerCompression(name, layer.matrix_shape, info.rank, tuple(found.s.tolist())))
+        dtype, s = layer.left[adapter].dtype, team.first(found.s)
+        written.append((layer, info, team.first(left.to(dtype)), team.first(right.to(dtype))))
+        rows.append(LayerCompression(name, layer.matrix_shape, info.rank, tuple(s.tolist())))
     for layer, info, left, right in written:
         assert info.init_scale is not None
         core = info.init_scale * torch.eye(info.rank, dtype=torch.float64, device=left.device)
-        layer.set_factors(adapter, left, core.repeat(info.depth, 1, 1), right)
+        values = {"left": left, "core": core.repeat(info.depth, 1, 1), "right": right}
+        for kind, parameter in layer.adapter_parameters(adapter).items():
+            assign(parameter, values[kind])
         layer.adapters[adapter] = info
     unmoved = [row.name for row in rows if row.singular_values[0] == 0]
     if unmoved:
@@ -163,7 +197,7 @@ def compress_(
             "a head that starts at zero, or a loss that is already minimal?",
             stacklevel=2,
         )
-    return CompressionReport(adapter, tuple(losses), tuple(rows))
+    return CompressionReport(adapter, tuple(losses), tuple(rows), team.size)
 
 
 def merge_approximations(parts: Sequence[Approximation], rank: int) -> Approximation:
@@ -249,7 +283,7 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _backward(closure: Callable[[], Tensor]) -> float:
+def _loss(closure: Callable[[], Tensor]) -> Tensor:
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -262,8 +296,7 @@ def _backward(closure: Callable[[], Tensor]) -> float:
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ValueError(f"compress_: the loss must be finite, got {value}; check the data and the model's dtype")
-    loss.backward()
-    return value
+    return loss
 
 
 # ---------------------------------------------------------------------- the pass
@@ -295,11 +328,55 @@ def _quiet(model: nn.Module, sketches: Iterable[_Sketch]) -> Iterator[None]:
         yield
 
 
+def _passes(closures: Iterator[Callable[[], Tensor]], turns: _Turns, sharded: bool) -> list[float]:
+    """Forward and backward for every batch of every process; the losses of all."""
+    losses: list[float] = []
+    while True:
+        with turns.team.together():
+            closure = next(closures, None)
+            having = turns.team.meet(closure is not None)
+            if not any(having):
+                return losses
+            if sharded and not all(having):
+                raise ValueError(
+                    "compress_: with a sharded model every process needs as many batches, process "
+                    f"{having.index(False)} has only {len(losses) // len(having)}; give all of them the same number"
+                )
+            loss = None if closure is None else _loss(closure)
+            losses += [value for value in turns.team.meet(None if loss is None else float(loss.detach())) if value is not None]
+            if loss is not None:
+                loss.backward()
+            turns.wait(None)
+
+
+Product = Callable[[Tensor], Tensor]  # v -> D v or D^T v
+
+
+class _Turns:
+    """Which layer the processes work on together: their backward passes need not take the same way."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.sketches: dict[str, _Sketch] = {}
+
+    def wait(self, mine: tuple[str, torch.dtype] | None) -> None:
+        """Until it is the turn of a layer that this process came to; None: until all backward passes have ended.
+
+        The lowest rank that waits for a layer decides; the others work on theirs later, and add zero to this one.
+        """
+        while True:
+            wanted = [other for other in self.team.meet(mine) if other is not None]
+            if not wanted or wanted[0] == mine:
+                return
+            name, storage = wanted[0]
+            self.sketches[name].update(None, storage)
+
+
 class _Sketch:
     """The running approximation of one layer's weight gradient."""
 
-    def __init__(self, name: str, layer: AdapterLayer, width: int, iterations: int, seed: int) -> None:
-        self.name, self.layer, self.iterations, self.seed = name, layer, iterations, seed
+    def __init__(self, name: str, layer: AdapterLayer, width: int, iterations: int, seed: int, turns: _Turns) -> None:
+        self.name, self.layer, self.iterations, self.seed, self.turns = name, layer, iterations, seed, turns
         self.width = min(width, *layer.matrix_shape)
         self.found: Approximation | None = None
         self.calls = 0
@@ -313,15 +390,52 @@ class _Sketch:
         return _Capture.apply(output, source, x, self)
 
     def add(self, x: Tensor, dy: Tensor) -> None:
+        storage = torch.float64 if dy.dtype == torch.float64 else torch.float32
+        self.turns.wait((self.name, storage))
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            gradient = _weight_gradient(self.layer, x, dy)
+        self.update(gradient, storage)
+
+    def update(self, gradient: LinearOperator | None, storage: torch.dtype) -> None:
+        """Add the gradient summed over the processes; None where this one has nothing of it."""
         generator, self.calls = _generator(self.seed, self.name, str(self.calls)), self.calls + 1
         options: dict[str, Any] = {"oversampling": 0, "iterations": self.iterations, "generator": generator}
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            gradient = _weight_gradient(self.name, self.layer, x, dy)
-            found = Approximation(*top_singular_vectors(gradient, self.width, **options))
-        if self.found is not None:
-            found = merge_approximations([self.found, found], self.width)
-        storage = torch.float64 if dy.dtype == torch.float64 else torch.float32
+        device = self.layer.weight.device if gradient is None else gradient.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            total = self._total(gradient, device)
+            found = Approximation(*top_singular_vectors(total, self.width, **options))
+            if self.found is not None:
+                found = merge_approximations([self.found, found], self.width)
         self.found = Approximation(found.u.to(storage), found.s, found.v.to(storage))
+
+    def _total(self, gradient: LinearOperator | None, device: torch.device) -> LinearOperator:
+        """Products with the sum over the processes; what is multiplied is the first one's, as their LAPACKs may differ."""
+        m, n = self.layer.matrix_shape
+        team = self.turns.team
+
+        def product(own: Product | None, rows: int, v: Tensor) -> Tensor:
+            v, failed = team.first(v), None
+            total = v.new_zeros(rows, v.shape[1])
+            if own is not None:
+                try:
+                    total = own(v)
+                except Exception as error:  # the others are waiting for this product
+                    if team.size == 1:
+                        raise
+                    failed = error
+                    total = total.fill_(math.nan)
+            team.sum(total)
+            if failed is not None:
+                raise failed
+            if not bool(torch.isfinite(total).all()):
+                raise ValueError(
+                    f"compress_: the weight gradient is NaN or infinite in layer {self.name!r}; check the data and the loss, "
+                    "or use float32 or bfloat16"
+                )
+            return total
+
+        matmul, rmatmul = (None, None) if gradient is None else (gradient.matmul, gradient.rmatmul)
+        return LinearOperator((m, n), lambda v: product(matmul, m, v), lambda u: product(rmatmul, n, u), device)
 
 
 class _Capture(torch.autograd.Function):
@@ -346,11 +460,11 @@ def _generator(seed: int, name: str, part: str) -> torch.Generator:
 
 # ---------------------------------------------------------------------- products with a weight's gradient
 
-Product = Callable[[Tensor, Tensor], Tensor]  # (x, v) -> x v (tokens, s); (x, z) -> x^T z (in, s)
+PatchProduct = Callable[[Tensor, Tensor], Tensor]  # (x, v) -> x v (tokens, s); (x, z) -> x^T z (in, s)
 _row_sums = torch.ops.aten.embedding_dense_backward
 
 
-def _weight_gradient(name: str, layer: AdapterLayer, x: Tensor, dy: Tensor) -> LinearOperator:
+def _weight_gradient(layer: AdapterLayer, x: Tensor, dy: Tensor) -> LinearOperator:
     """``D = sum over tokens dy^T x`` of the layer's (out, in) matrix, as an operator; x and dy are cast up in pieces only.
 
     A token's x is a row of the input, a row of the identity (embedding) or a patch (convolution: its products are again
@@ -383,11 +497,6 @@ def _weight_gradient(name: str, layer: AdapterLayer, x: Tensor, dy: Tensor) -> L
         total, v = v.new_zeros(m, v.shape[1]), v.to(wide)
         for some_x, tokens in pieces():
             total += tokens.t() @ apply(some_x, v)
-        if not bool(torch.isfinite(total).all()):
-            raise ValueError(
-                f"compress_: the weight gradient is NaN or infinite in layer {name!r}; check the data and the loss, "
-                "or use float32 or bfloat16"
-            )
         return total
 
     def rmatmul(u: Tensor) -> Tensor:
@@ -399,13 +508,13 @@ def _weight_gradient(name: str, layer: AdapterLayer, x: Tensor, dy: Tensor) -> L
     return LinearOperator((m, n), matmul, rmatmul, dy.device)
 
 
-def _patch_products(base: Any) -> tuple[Product, Product]:
+def _patch_products(base: Any) -> tuple[PatchProduct, PatchProduct]:
     def apply(x: Tensor, v: Tensor) -> Tensor:
         found = base._conv_forward(x, v.t().reshape(-1, *base.weight.shape[1:]), None)  # its padding mode included
         return found.movedim(1, -1).reshape(-1, v.shape[1])
 
     def transpose(x: Tensor, z: Tensor) -> Tensor:
-        v = z.new_zeros(base.weight[0].numel(), z.shape[1], requires_grad=True)
+        v = z.new_zeros(math.prod(base.weight.shape[1:]), z.shape[1], requires_grad=True)
         with torch.enable_grad():
             return torch.autograd.grad(apply(x, v), v, z)[0]
 

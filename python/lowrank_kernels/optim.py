@@ -27,6 +27,7 @@ from torch.optim.sgd import sgd
 
 from .analysis import _adapted_layers, base_norm, update_singular_values
 from .nn import AdapterLayer
+from .processes import gathered
 
 ADAM_EPSILON = 1e-6  # of Deep LoRA's groups, see above
 METHODS = ("adam", "sgd")
@@ -78,7 +79,8 @@ def parameter_groups(
 
     Note:
         The constants have measured reasons, see :mod:`lowrank_kernels.optim`. To train factors again that ``gamma=0``
-        froze, activate the adapter again (``set_adapter``). Adapters that are not active are in no group.
+        froze, activate the adapter again (``set_adapter``). Adapters that are not active are in no group. Call it after
+        ``fully_shard``, which replaces the parameters.
 
     Example:
         >>> import torch, lowrank_kernels as lrk
@@ -242,7 +244,10 @@ class DivergenceWatch:
         if self._steps % self._every:
             return
         with torch.no_grad():
-            self.ratios = {name: _ratio(layer, self._base(name)) for name, layer in self._layers.items()}
+            for name, layer in self._layers.items():
+                base = self._base(name)
+                with gathered(*(child for child in layer.children() if child is not layer.base_layer)):
+                    self.ratios[name] = _ratio(layer, base)
         for name, ratio in self.ratios.items():
             if not ratio <= self._limit and name not in self._warned:
                 self._warned.add(name)
@@ -250,7 +255,8 @@ class DivergenceWatch:
 
     def _base(self, name: str) -> float:
         if name not in self._bases:
-            self._bases[name] = base_norm(self._layers[name])
+            with gathered(self._layers[name].base_layer):
+                self._bases[name] = base_norm(self._layers[name])
         return self._bases[name]
 
     def _warn(self, name: str, ratio: float) -> None:
@@ -302,7 +308,8 @@ def watch_divergence(model: nn.Module, optimizer: Optimizer, *, every: int = 20,
     Note:
         A look costs two thin QRs and a k x k SVD a layer, O((out + in) k^2), in float32 (float64 for float64), and one
         synchronisation a layer on a GPU. s1(W) is computed once per layer. Layers whose weight is zero are left out. Of
-        several active adapters the largest counts.
+        several active adapters the largest counts. Of a sharded model every process watches; the factors are gathered layer
+        by layer.
 
     Example:
         >>> import torch, lowrank_kernels as lrk

@@ -1,0 +1,168 @@
+"""Several processes as one: errors that all of them raise, sums over all of them, and parameters that they share out.
+
+Sharded parameters (``fully_shard``, tensor parallelism) are ``DTensor``: to look at one, every process takes part in gathering
+it; to write one, every process keeps its own part. They are known by their methods, so nothing of torch.distributed that an
+older torch lacks is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .files import InputError, OutputError
+
+RAISED_AS = (InputError, OutputError, ValueError, TypeError)  # elsewhere and here; others are a RuntimeError here
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error as it travels: an exception itself may refuse to be pickled."""
+
+    kinds: tuple[str, ...]  # its class and those that derives from
+    text: str
+
+    def raised(self, rank: int) -> Exception:
+        kind = next((kind for kind in RAISED_AS if kind.__name__ in self.kinds), RuntimeError)
+        return kind(f"process {rank} raised {self.kinds[0]}: {self.text}")
+
+
+class Team:
+    """The processes of a group, which call the same functions in the same order; a process alone talks to nobody.
+
+    All that is exchanged on the way goes through :meth:`meet`. It is the one place where a process waits for the others, so
+    one that has failed says so there, and all raise instead of waiting for ever.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self._known: BaseException | None = None  # an error that all processes have heard of
+
+    def meet(self, message: Any) -> list[Any]:
+        """What every process says, in the order of their ranks; raises where another one failed."""
+        if self.size == 1:
+            return [message]
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, message, group=self.group)
+        failed = [(rank, other) for rank, other in enumerate(said) if isinstance(other, _Failure)]
+        if failed and not isinstance(message, _Failure):
+            rank, other = failed[0]
+            self._known = other.raised(rank)
+            raise self._known
+        return said
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What a process raises inside, the others raise at the place where they meet it next."""
+        try:
+            yield
+        except Exception as error:
+            if error is not self._known:
+                self.meet(_Failure(tuple(kind.__name__ for kind in type(error).__mro__), str(error)))
+            raise
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The tensor of the first process, bit for bit."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
+        return tensor
+
+
+def team_of(function: str, group: Any = None) -> Team:
+    """The group that is meant by an argument ``group``: None is the default group where there is one, False this process."""
+    initialized = dist.is_available() and dist.is_initialized()
+    if group is False or (group is None and not initialized):
+        return Team()
+    if not initialized:
+        raise ValueError(
+            f"{function}: group is given, but torch.distributed is not initialized; call init_process_group() first"
+        )
+    group = dist.group.WORLD if group is None else group
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{function}: this process (rank {dist.get_rank()}) is not in group; only its members call this")
+    return Team(group)
+
+
+# ---------------------------------------------------------------------- sharded parameters
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor; of a sharded one every process of its mesh must ask."""
+    whole: Any = tensor
+    return whole.full_tensor() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole value; into a sharded parameter every process of its mesh writes its part of it."""
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        value = distribute_tensor(value.to(sharded.device, sharded.dtype), sharded.device_mesh, sharded.placements)
+    parameter.copy_(value)
+
+
+def sharding_team(model: nn.Module) -> Team:
+    """The processes that share out a model's parameters, put back where they are; alone where none is sharded."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # FSDPModule
+            module.reshard()  # gathered parameters that a forward pass left are copies, what is written there is lost
+    for parameter in model.parameters():
+        if is_sharded(parameter):
+            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+            return Team(mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD)
+    return Team()
+
+
+@contextmanager
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the sharded parameters of these modules are whole and plain tensors, to be read; all processes ask together."""
+    owners = [owner._parameters for module in modules for owner in module.modules()]
+    places = [(owned, key, value) for owned in owners for key, value in owned.items()]
+    sharded = [(owned, key, value) for owned, key, value in places if value is not None and is_sharded(value)]
+    whole = [full(value.detach()) for _, _, value in sharded]
+    try:
+        for (owned, key, _), value in zip(sharded, whole, strict=True):
+            owned[key] = value  # type: ignore[assignment]
+        yield
+    finally:
+        for owned, key, parameter in sharded:
+            owned[key] = parameter
+
+
+def agreed(team: Team, function: str, what: dict[str, Any]) -> None:
+    """Raise on all processes where one has another value of something; values are compared by their text."""
+    said = team.meet({name: repr(value) for name, value in what.items()})
+    for name in what:
+        other = next((rank for rank, values in enumerate(said) if values[name] != said[0][name]), None)
+        if other is not None:
+            raise ValueError(
+                f"{function}: every process must have the same {name}, process 0 has {_cut(said[0][name])}, "
+                f"process {other} has {_cut(said[other][name])}"
+            )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:117]}..."
