@@ -43,6 +43,12 @@ def tool(path: Path, output: str, status: int = 0) -> Path:
     return path
 
 
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not (path.exists() and path.read_text().strip()) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def fake(gpu: ModuleType, name: str, work: Callable[..., str], at_most: float = 60, keeps: float = 0) -> Any:
     return gpu.Part(name, work, at_most, keeps)
 
@@ -158,9 +164,7 @@ gpu.PARTS = (gpu.Part("first", lambda state, limit: "done", 60, 0), gpu.Part("se
 sys.exit(gpu.main(["--out", {str(tmp_path / "out")!r}]))
 """
     run = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    end = time.monotonic() + 30
-    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for(tmp_path / "pid")
     run.send_signal(number)
     output, _ = run.communicate(timeout=30)
     assert run.returncode == status, output
@@ -278,14 +282,26 @@ def test_nvidia_smi_is_read_by_its_columns(gpu: ModuleType, monkeypatch: pytest.
 # ---------------------------------------------------------------------- processes and the queue of test files
 
 
-def test_a_child_that_does_not_end_is_stopped_with_its_own_children(children: ModuleType, tmp_path: Path) -> None:
+def test_a_child_that_will_not_end_is_stopped_with_its_own_children(children: ModuleType, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     command = ["sh", "-c", f"trap '' TERM; sh -c 'trap \"\" TERM; echo $$ > {pid}; sleep 60' & sleep 60"]
+    process = children.start(command, tmp_path / "log", dict(os.environ))
+    wait_for(pid)
     begin = time.monotonic()
-    assert children.run(command, tmp_path / "log", dict(os.environ), 0.5) is None
-    assert time.monotonic() - begin < 20
+    children.stop([process])
+    assert 2 < time.monotonic() - begin < 30
     status = Path(f"/proc/{int(pid.read_text())}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_limit_is_kept_and_a_status_told(children: ModuleType, tmp_path: Path) -> None:
+    log, environment = tmp_path / "log", dict(os.environ)
+    assert children.run(["sleep", "60"], log, environment, 0.2) is None
+    assert children.run(["sh", "-c", "echo said; exit 7"], log, environment, 60.0) == 7
+    with pytest.raises(children.Failed, match="^exit status 7: said$"):
+        children.ended(7, 60.0, log)
+    with pytest.raises(children.Failed, match="^not done after 3 s$"):
+        children.ended(None, 3.0, log)
 
 
 def test_a_long_log_keeps_its_head_and_tail(children: ModuleType, tmp_path: Path) -> None:
@@ -310,28 +326,35 @@ FILES = {
     "test_broken.py": "import no_such_module_anywhere\n",
     "test_crash.py": "import os\ndef test_one(): os.abort()\n",
     "test_optional.py": "import pytest\npytest.importorskip('no_such_module_anywhere')\n",
+    "test_some_cuda.py": "import pytest\npytest.importorskip('no_such_module_anywhere')\n",
     "test_slow.py": "import time\ndef test_one(): time.sleep(60)\n",
 }
 
 
-def test_the_suite_as_a_queue_of_files(
-    gpu: ModuleType, children: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "tests").mkdir()
-    for name, text in FILES.items():
-        (tmp_path / "tests" / name).write_text(text)
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra\n")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "WORK", tmp_path)
-    state = gpu.Run(tmp_path)
+@pytest.fixture
+def suite(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """A project whose test files are those named of FILES."""
+
+    def build(*names: str) -> Any:
+        (tmp_path / "tests").mkdir()
+        for name in names:
+            (tmp_path / "tests" / name).write_text(FILES[name])
+        monkeypatch.setattr(gpu, "ROOT", tmp_path)
+        monkeypatch.setattr(gpu, "WORK", tmp_path)
+        return gpu.Run(tmp_path)
+
+    return build
+
+
+def test_the_suite_as_a_queue_of_files(gpu: ModuleType, suite: Callable[..., Any], tmp_path: Path) -> None:
+    state = suite("test_good.py", "test_bad.py", "test_broken.py", "test_crash.py", "test_optional.py")
     with pytest.raises(gpu.Failed) as failed:
-        gpu.tests_part(state, 10.0)
+        gpu.tests_part(state, 120.0)
     text = str(failed.value)
     assert text.startswith("1 passed, 2 failed, 2 skipped; ")
     assert "test_bad.py (1 failed)" in text
     assert "test_broken.py (1 failed)" in text
     assert "test_crash.py (ended with SIGABRT and no report)" in text
-    assert "test_slow.py (not finished)" in text
     assert "good" not in text
     assert "optional" not in text
     log = (tmp_path / "tests.log").read_text()
@@ -341,13 +364,17 @@ def test_the_suite_as_a_queue_of_files(
     assert "No module named 'no_such_module_anywhere'" in log
 
 
-def test_gpu_files_that_skip_everything_on_a_gpu_fail(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_some_cuda.py").write_text(FILES["test_optional.py"])
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "WORK", tmp_path)
-    state = gpu.Run(tmp_path)
-    assert gpu.tests_part(state, 30.0) == "1 skipped, 1 files"
+def test_files_that_are_not_finished_are_named(gpu: ModuleType, suite: Callable[..., Any], tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(gpu.Failed, match=r"^nothing ran; test_slow.py \(not finished\)$"):
+        gpu.tests_part(suite("test_slow.py"), 1.0)
+    assert time.monotonic() - begin < 30
+    assert "test_slow.py: FAILED: not finished" in (tmp_path / "tests.log").read_text()
+
+
+def test_gpu_files_that_skip_everything_on_a_gpu_fail(gpu: ModuleType, suite: Callable[..., Any]) -> None:
+    state = suite("test_some_cuda.py")
+    assert gpu.tests_part(state, 60.0) == "1 skipped, 1 files"
     state.machine.has_gpu = True
     with pytest.raises(gpu.Failed, match=r"test_some_cuda.py \(no test ran\)"):
-        gpu.tests_part(state, 30.0)
+        gpu.tests_part(state, 60.0)
