@@ -457,7 +457,8 @@ def kernels_part(state: Run, limit: float) -> str:
     if not state.machine.has_gpu:
         raise Unavailable("no GPU")
     log = state.log("kernels")
-    with tempfile.TemporaryDirectory(dir=state.out.parent) as folder:
+    WORK.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK) as folder:
         command = state.command("tests/cuda_on_cpu/on_gpu.py", folder)
         try:
             ended(run(command, log, state.environment, limit), limit, log)

@@ -298,9 +298,9 @@ def test_a_limit_is_kept_and_a_status_told(children: ModuleType, tmp_path: Path)
     log, environment = tmp_path / "log", dict(os.environ)
     assert children.run(["sleep", "60"], log, environment, 0.2) is None
     assert children.run(["sh", "-c", "echo said; exit 7"], log, environment, 60.0) == 7
-    with pytest.raises(children.Failed, match="^exit status 7: said$"):
+    with pytest.raises(children.Failed, match=r"^exit status 7: said$"):
         children.ended(7, 60.0, log)
-    with pytest.raises(children.Failed, match="^not done after 3 s$"):
+    with pytest.raises(children.Failed, match=r"^not done after 3 s$"):
         children.ended(None, 3.0, log)
 
 
