@@ -16,6 +16,10 @@ GPU_BENCHES = ("three_factor_cuda", "completion_cuda", "encoder_cuda")  # skippe
 BENCHES = ("completion", "three_factor", "compress", "training", "peers", *GPU_BENCHES)
 
 
+def part_share(bench: str, part: str) -> float:
+    return getattr(importlib.import_module(f"bench.bench_{bench}").PARTS[part], "share", 1.0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHES)}, or one part: training.ratings")
@@ -44,15 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.quick:
         warn_if_busy(session.say)
     end = time.monotonic() + options.seconds if options.seconds is not None else None
-    waiting = sum(map(len, wanted.values()))
+    shares = [part_share(bench, part) for bench, parts in wanted.items() for part in parts]
     try:
         for bench, parts in wanted.items():
             functions = importlib.import_module(f"bench.bench_{bench}").PARTS
             for part in parts:
-                if end is not None:  # an equal share of what is left: the first part must not leave the others without any
+                if end is not None:  # a share of what is left: the first part must not leave the others without any
                     now = time.monotonic()
-                    session.deadline = now + (end - now) / waiting
-                waiting -= 1
+                    session.deadline = now + (end - now) * shares[0] / sum(shares)
+                shares.pop(0)
                 if not session.time_for(f"{bench}.{part}", 1.0):
                     continue
                 try:

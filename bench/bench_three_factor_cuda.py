@@ -31,7 +31,7 @@ SHAPES = (
 )
 LAYERS = ((4096, 4096, 16), (4096, 11008, 32), (8192, 8192, 64))  # of the decode rows
 DECODE_LIMIT = 1.26  # T = 1, 4096 -> 4096
-COMPILE_SECONDS = 60.0
+COMPILE_SECONDS = 25.0
 LARGE = 1 << 37  # T N M from which y and dx are compared by rows and projections
 LAUNCH_BOUND = 1 << 34
 
@@ -147,4 +147,5 @@ def shapes(session: GpuSession) -> None:
         measure(session, *shape, training=False)
 
 
+barred.share = 3.0  # it compiles, and has most of the bars
 PARTS = {"barred": barred, "decode": decode, "shapes": shapes}

@@ -91,10 +91,18 @@ class Calls:
                 run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # The stream is the one of the warm-up: autograd's nodes remember theirs, and another would have to be waited for.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for run in self._order:
-                result = run()
+        try:
+            # The stream of the warm-up: autograd's nodes remember theirs, and another would have to be waited for.
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                for run in self._order:
+                    result = run()
+        except Exception:
+            # A capture that fails can leave torch's generator as if it still ran: every later random number would fail.
+            with contextlib.suppress(Exception):
+                index = torch.cuda.current_device()
+                fresh = torch.Generator(f"cuda:{index}").manual_seed(0)
+                torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
+            raise
         self._graph, self._result = graph, result
 
     def __call__(self) -> Any:
@@ -189,7 +197,6 @@ class GpuSession(Session):
         ready, wrong, timings = [], {}, {}
         with self.guarded(name):
             ready, wrong = self._prepare(name, wrapped, 1, oracle(), dtype)
-            self.release()
             clock = host_seconds if self.rehearsal else event_seconds
             timings = interleave({c.name: calls.enqueue for c, calls in ready}, seconds, min_repeats, max_repeats, clock)
         if not timings:
@@ -236,8 +243,9 @@ class GpuSession(Session):
         return make
 
     def release(self) -> None:
-        gc.collect()
+        """Give back the memory of what is no longer used."""
         if not self.rehearsal:
+            gc.collect()
             torch.cuda.empty_cache()
 
     # ------------------------------------------------------------------ clocks and ceilings
@@ -303,7 +311,7 @@ class GpuSession(Session):
             yield
         except torch.cuda.OutOfMemoryError as error:
             self.skip(what, f"out of memory: {str(error).splitlines()[0][:160]}")
-        finally:
+            error.__traceback__ = None  # its frames hold tensors
             self.release()
 
     def _best(self, run: Callable[[], Any]) -> Timing:
@@ -356,11 +364,16 @@ def gpu_session(session: Session) -> GpuSession:
 
 
 def on_gpu(part: Callable[[GpuSession], None]) -> Callable[[Session], None]:
-    """A part of a bench that gets the session on the GPU, on a stream of its own, which captures need."""
+    """A part of a bench that gets the session on the GPU, on a stream of its own, which captures need.
+
+    An attribute ``share`` of the part is its share of a time budget, beside 1 of any other.
+    """
 
     @functools.wraps(part)
     def run(session: Session) -> None:
         gpu = gpu_session(session)
+        gc.collect()
+        gc.freeze()  # modules and the like: release() need not look at them every time
         with _own_stream(gpu):
             try:
                 part(gpu)
