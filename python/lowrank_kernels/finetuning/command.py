@@ -134,6 +134,7 @@ def prepare(request: Request, notice: Notice) -> tuple[Bench, results.Folder, li
     """Read, check and load everything; refuse what cannot work before any work is done."""
     files.extra("matplotlib", "plots")
     find_model(request.model)
+    results.check_folder(Path(request.out))
     runs = plan_runs(request)
     layouts = layouts_of(request)
     train_file, dev_file = find_files(request.train, request.task, request.dev)
@@ -147,15 +148,16 @@ def prepare(request: Request, notice: Notice) -> tuple[Bench, results.Folder, li
         train, dev = train.pick(range(min(QUICK["train"], len(train)))), dev.pick(range(min(QUICK["dev"], len(dev))))
     for run in runs:
         subsample(train, run.samples, run.seed)
+    words = None
+    started = Path(request.out) / results.CONFIGURATION
+    if settings.base_dtype == "auto" and started.is_file():  # measured when the folder was begun
+        settings = Settings(**{**asdict(settings), "base_dtype": results.read_json(started)["base_dtype"]})
     if settings.base_dtype == "auto":
         rates = matmul_rates()
         gain = rates["bfloat16"] / rates["float32"]
         chosen = "bfloat16" if gain >= BFLOAT16_GAIN else "float32"
         settings = Settings(**{**asdict(settings), "base_dtype": chosen})
-        notice(
-            f"frozen layers in {chosen}: this CPU multiplies {rates['float32']:.0f} GFLOP/s in float32, "
-            f"{rates['bfloat16']:.0f} in bfloat16"
-        )
+        words = f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bfloat16"
     base = load_pretrained(request.model, getattr(torch, settings.base_dtype), request.device)
     configuration = {
         "train": [Path(train_file).name, train.digest, len(train)],
@@ -167,6 +169,8 @@ def prepare(request: Request, notice: Notice) -> tuple[Bench, results.Folder, li
         **asdict(settings),
     }
     folder = results.Folder(Path(request.out), configuration)
+    if words is not None:
+        notice(f"frozen layers in {settings.base_dtype}: this CPU multiplies {words}")
     return Bench(base, train, dev, settings), folder, runs
 
 

@@ -243,7 +243,7 @@ def update_ranks(encoder: nn.Module) -> RankReport | None:
         factors = _plain_lora(module)
         if factors is not None:
             base, left, right = factors
-            twin = LoRALinear.from_linear(base, rank=left.shape[1], alpha=float(left.shape[1]), dtype=torch.float64)
+            twin = LoRALinear.from_linear(base, rank=left.shape[1], alpha=float(left.shape[1]))
             twin.set_factors("default", left, None, right)
             twins.append(twin)
             names.append(name.removeprefix("base_model.model."))

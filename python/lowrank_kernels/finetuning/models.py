@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..files import InputError, MissingExtra
@@ -105,7 +106,7 @@ def load_pretrained(name: str, base_dtype: torch.dtype = torch.float32, device: 
         encoder: Any = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--model {name}: transformers could not load {folder}: {words}") from error
     finally:

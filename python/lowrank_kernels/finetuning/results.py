@@ -22,7 +22,7 @@ from .metrics import NAMES
 from .training import Run
 
 Result = dict[str, Any]
-TABLE, SUMMARY = "table.md", "table.json"
+CONFIGURATION, TABLE, SUMMARY = "configuration.json", "table.md", "table.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,20 +38,25 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not readable as JSON ({error}); remove it, or choose another --out") from error
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a place where somebody's other files are."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: exists and is not a folder")
+    if path.is_dir() and not (path / CONFIGURATION).exists() and any(path.iterdir()):
+        raise InputError(f"{path}: the folder is not empty and holds no results of this command; choose another --out")
+
+
 class Folder:
     """Where the results of one configuration lie."""
 
     def __init__(self, path: Path, configuration: dict[str, Any] | None = None) -> None:
         """Open a folder; with a configuration, make it where it is not there and refuse it where it has another one."""
         self.path = path
-        file = path / "configuration.json"
+        file = path / CONFIGURATION
         if configuration is None:
             self.configuration = read_json(file)
             return
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path}: exists and is not a folder")
-        if not file.exists() and path.is_dir() and any(path.iterdir()):
-            raise InputError(f"{path}: the folder is not empty and holds no results of this command; choose another --out")
+        check_folder(path)
         for part in ("runs", "checkpoints"):
             (path / part).mkdir(parents=True, exist_ok=True)
         if file.exists():
