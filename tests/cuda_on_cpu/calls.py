@@ -245,14 +245,14 @@ class ThreeFactorRun:
 
     def check(self, got: dict[str, Tensor]) -> None:
         problem = self.problem()
+        if "dx" in got and problem.dropout_p:
+            dropped = torch.from_numpy(self.factors()) == 0
+            assert not got["dx"][dropped].any(), f"{self}: dx is not zero where x was dropped"
         exact, plain = problem.exact(), problem.output_and_gradients(reference.three_factor_linear)
         ours = {"y": got["y"]} | {name: got[output] for name, output in GRADIENTS.items() if output in got}
         ours = {name: tensor.reshape(exact[name].shape) for name, tensor in ours.items()}
         assert torch.isfinite(got["z"]).all(), f"{self}: z is not finite"
         check(self, ours, {name: plain[name] for name in ours}, {name: exact[name] for name in ours})
-        if "dx" in got and problem.dropout_p:
-            dropped = torch.from_numpy(self.factors()) == 0
-            assert not got["dx"][dropped].any(), f"{self}: dx is not zero where x was dropped"
 
     def factors(self) -> Any:
         return dropout_factors(self.problem().dropout_seed(), self.tokens, self.case.n, self.case.dropout_p)

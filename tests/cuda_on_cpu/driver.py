@@ -33,7 +33,7 @@ FLAVOURS = {
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O1", "-g1", "-fsanitize=thread", "-DLRK_TSAN"],
 }
-_SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "TSAN_OPTIONS": "halt_on_error=1:report_bugs=1"}
+_SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0"}
 
 
 # ---------------------------------------------------------------------- building
@@ -42,7 +42,7 @@ _SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "TSAN_O
 def _run(command: Sequence[str | Path]) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{(done.stdout + done.stderr)[:4000]}")
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -108,7 +108,7 @@ def build_self_test(flavour: str) -> Path:
 def _link(name: str, flavour: str, objects: list[Path]) -> Path:
     sanitizers = [flag for flag in FLAVOURS[flavour] if flag.startswith("-fsanitize")]
     _forget_old_files()
-    return _cached(f"{name}-{flavour}", [str(COMPILER), *sanitizers, *objects], [_version()])
+    return _cached(f"{name}-{flavour}", [str(COMPILER), *sanitizers, *objects], [_version(), *(path.name.encode() for path in objects)])
 
 
 # ---------------------------------------------------------------------- calls
@@ -217,6 +217,16 @@ def _decode(answer: Iterable[bytes], calls: Sequence[Call]) -> tuple[Results, li
         elif word == "kernel":
             results.kernels[_kernel_name(rest[1])] = int(rest[0])
     return results, finished
+
+
+def differences(one: Results, other: Results) -> list[str]:
+    """Which outputs have not the same bits."""
+    return [
+        f"{call}: {name}"
+        for call, outputs in one.outputs.items()
+        for name, tensor in outputs.items()
+        if _memory(tensor.contiguous()) != _memory(other.outputs[call][name].contiguous())
+    ]
 
 
 def _kernel_name(pretty: str) -> str:

@@ -48,7 +48,9 @@ class Guarded {
   Guarded& operator=(const Guarded&) = delete;
 
   uint8_t* data() const { return data_; }
-  void fill(const void* bytes) { std::memcpy(data_, bytes, bytes_); }
+  void fill(const void* bytes) {
+    if (bytes_) std::memcpy(data_, bytes, bytes_);
+  }
   void make_read_only() { mprotect(first_, inner_, PROT_READ); }
 
   // Empty, or which bytes around the array were overwritten.

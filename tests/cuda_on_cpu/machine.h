@@ -33,7 +33,9 @@ class Array {
     memory_.fill(bytes);
     memory_.make_read_only();
   }
-  void read(void* to) const { std::memcpy(to, memory_.data(), bytes_); }
+  void read(void* to) const {
+    if (bytes_) std::memcpy(to, memory_.data(), bytes_);
+  }
   std::string damage() { return memory_.damage(); }
 
  private:

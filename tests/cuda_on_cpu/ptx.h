@@ -42,16 +42,16 @@ struct MatrixRows {
   uint16_t row[8];  // that this lane's address names: row lane % 8 of matrix lane / 8
   uint32_t result[4];
 };
+CUDA_ON_CPU_UNSEEN inline uint32_t entry(void* const* operands, int matrix, int row, int column) {
+  return static_cast<const MatrixRows*>(operands[8 * matrix + row])->row[column];
+}
 template <bool kTranspose>
 CUDA_ON_CPU_UNSEEN void finish_load_matrices(void* const* operands, unsigned) {
-  auto at = [&](int matrix, int row, int column) {
-    return uint32_t(static_cast<const MatrixRows*>(operands[8 * matrix + row])->row[column]);
-  };
   for (int lane = 0; lane < 32; ++lane)
     for (int matrix = 0; matrix < 4; ++matrix) {
       const int row = lane / 4, column = lane % 4 * 2;
-      const uint32_t low = kTranspose ? at(matrix, column, row) : at(matrix, row, column);
-      const uint32_t high = kTranspose ? at(matrix, column + 1, row) : at(matrix, row, column + 1);
+      const uint32_t low = kTranspose ? entry(operands, matrix, column, row) : entry(operands, matrix, row, column);
+      const uint32_t high = kTranspose ? entry(operands, matrix, column + 1, row) : entry(operands, matrix, row, column + 1);
       static_cast<MatrixRows*>(operands[lane])->result[matrix] = low | high << 16;
     }
 }

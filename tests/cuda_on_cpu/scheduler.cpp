@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <map>
+#include <limits>
 #include <memory>
-#include <random>
 
 #include "guarded.h"
 
@@ -22,7 +22,6 @@
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -36,7 +35,11 @@ Here here = {};
 
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;  // AddressSanitizer's frames are large; untouched pages cost nothing
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStackBytes = 256 << 10;  // its frames are large
+#else
+constexpr size_t kStackBytes = 64 << 10;
+#endif
 constexpr size_t kPage = 4096;
 constexpr int kMaxCopies = 256, kMaxGroups = 64;  // under way, a thread
 
@@ -60,23 +63,59 @@ struct Thread {
 struct Warp {
   unsigned lanes;    // that exist: the last warp of a block may be short
   unsigned arrived;  // and wait in a warp operation
-  char order;  // ThreadSanitizer's name of __syncwarp's ordering
 };
 
-// Names, to ThreadSanitizer, of what orders memory.
-char block_order, start_order, end_order;
+// Stacks, and what ThreadSanitizer calls fibers, for the threads of a block.
+struct Pool {
+  char* stacks = nullptr;
+  int capacity = 0;
+  std::vector<void*> tsan;
+};
+#if defined(LRK_TSAN)
+constexpr int kPools = 4;
+#else
+constexpr int kPools = 1;
+#endif
+Pool pools[kPools];
+
+// Names, to ThreadSanitizer, of what orders memory. Those of a block are new with every block: it remembers all that was ever
+// ordered by a name.
+char start_order, end_order;
+struct Orders {
+  char block, warp[32];
+};
+[[maybe_unused]] Orders no_orders;
+#if defined(LRK_TSAN)
+Orders* orders = nullptr;
+#else
+Orders* const orders = &no_orders;
+#endif
 
 const Launch* launch = nullptr;
 Thread* current = nullptr;
 std::unique_ptr<Thread[]> threads;
 std::unique_ptr<Warp[]> warps;
 std::unique_ptr<Guarded> shared;
-int thread_count = 0, warp_count = 0, waiting = 0, alive = 0, capacity = 0;
-char* stacks = nullptr;
-void* scheduler_stack_pointer = nullptr;
+int thread_count = 0, warp_count = 0, waiting = 0, alive = 0;
+[[maybe_unused]] void* scheduler_stack_pointer = nullptr;
 [[maybe_unused]] ucontext_t scheduler_context;
 [[maybe_unused]] void* scheduler_tsan = nullptr;
-std::mt19937 random_bits;
+
+// SplitMix64. Not one of the standard library's: its templates may be shared with files that ThreadSanitizer watches.
+struct RandomBits {
+  typedef uint64_t result_type;
+  uint64_t state = 0;
+  static constexpr uint64_t min() { return 0; }
+  static constexpr uint64_t max() { return std::numeric_limits<uint64_t>::max(); }
+  uint64_t operator()() {
+    uint64_t z = state += 0x9E3779B97F4A7C15;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+    return z ^ (z >> 31);
+  }
+};
+RandomBits random_bits;
+
 
 std::map<std::string, long>& uses() {
   static std::map<std::string, long> map;
@@ -167,29 +206,29 @@ void run_thread() {
   std::abort();  // nobody enters an ended thread
 }
 
-void prepare_stacks() {
+// Blocks take turns with the pools. A fiber costs ThreadSanitizer more than a millisecond, and a race between two blocks is
+// seen where their threads are different fibers: between any two of kPools neighbours in the order of blocks.
+void prepare_pool(Pool& pool) {
+  if (thread_count <= pool.capacity) return;
   const size_t each = kStackBytes + kPage;
+  if (pool.stacks) munmap(pool.stacks, pool.capacity * each);
+  pool.capacity = thread_count;
+  pool.stacks = static_cast<char*>(
+      mmap(nullptr, pool.capacity * each, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  for (int i = 0; i < pool.capacity; ++i) mprotect(pool.stacks + i * each, kPage, PROT_NONE);
 #if defined(LRK_TSAN)
-  const bool fresh = true;  // a new mapping is one that ThreadSanitizer has seen nobody use
-#else
-  const bool fresh = thread_count > capacity;
+  while (int(pool.tsan.size()) < pool.capacity) pool.tsan.push_back(__tsan_create_fiber(0));
 #endif
-  if (!fresh) return;
-  if (stacks) munmap(stacks, capacity * each);
-  capacity = std::max(capacity, thread_count);
-  stacks = static_cast<char*>(
-      mmap(nullptr, capacity * each, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (int i = 0; i < capacity; ++i) mprotect(stacks + i * each, kPage, PROT_NONE);
 }
 
-void prepare_thread(int number) {
+void prepare_thread(const Pool& pool, int number) {
   Thread& t = threads[number];
   t.state = State::ready;
   t.number = number;
   t.lane = number % 32;
   t.warp = number / 32;
   t.first_copy = t.last_copy = t.first_group = t.last_group = 0;
-  char* const stack = stacks + number * (kStackBytes + kPage) + kPage;
+  char* const stack = pool.stacks + number * (kStackBytes + kPage) + kPage;
 #if SWITCH_IN_ASSEMBLY
   void** const top = reinterpret_cast<void**>(stack + kStackBytes - 64);  // what a call of run_thread would find, 8 mod 16
   top[0] = reinterpret_cast<void*>(&run_thread);
@@ -203,7 +242,7 @@ void prepare_thread(int number) {
   makecontext(&t.context, run_thread, 0);
 #endif
 #if defined(LRK_TSAN)
-  t.tsan = __tsan_create_fiber(0);
+  t.tsan = pool.tsan[number];
 #endif
 }
 
@@ -254,10 +293,14 @@ void choose(std::vector<Thread*>& ready) {
 
 void run_block(dim3 block) {
   here.block = block;
-  prepare_stacks();
+  static int turn = 0;
+  Pool& pool = pools[turn++ % kPools];
+  prepare_pool(pool);
 #if defined(LRK_TSAN)
-  shared.reset();
   scheduler_tsan = __tsan_get_current_fiber();
+  shared.reset();  // a new mapping is one that ThreadSanitizer has seen nobody use
+  if (orders) munmap(orders, kPage);
+  orders = static_cast<Orders*>(mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
 #endif
   if (!shared)
     shared = std::make_unique<Guarded>("shared memory", launch->shared_bytes, 16, 0, settings.poison,
@@ -266,9 +309,9 @@ void run_block(dim3 block) {
   for (size_t i = 0; i < launch->shared_bytes; ++i) here.shared[i] = uint8_t(settings.poison);
   for (int w = 0; w < warp_count; ++w) {
     const int lanes = std::min(32, thread_count - 32 * w);
-    warps[w] = {lanes == 32 ? ~0u : (1u << lanes) - 1, 0, 0};
+    warps[w] = {lanes == 32 ? ~0u : (1u << lanes) - 1, 0};
   }
-  for (int i = 0; i < thread_count; ++i) prepare_thread(i);
+  for (int i = 0; i < thread_count; ++i) prepare_thread(pool, i);
   alive = thread_count;
   waiting = 0;
   current = nullptr;
@@ -282,9 +325,6 @@ void run_block(dim3 block) {
   }
   current = nullptr;
   if (const std::string damage = shared->damage(); !damage.empty()) stop(damage);
-#if defined(LRK_TSAN)
-  for (int i = 0; i < thread_count; ++i) __tsan_destroy_fiber(threads[i].tsan);
-#endif
 }
 
 // All lanes of the mask have arrived.
@@ -310,7 +350,7 @@ void finish_warp(Warp& warp, unsigned mask, Finish finish) {
 
 void sync_block(Site site) {
   Thread& me = *current;
-  release(&block_order);
+  release(&orders->block);
   me.state = State::at_block;
   me.site = site;
   if (++waiting == thread_count) {
@@ -322,7 +362,7 @@ void sync_block(Site site) {
     waiting = 0;
   }
   leave(me);
-  acquire(&block_order);
+  acquire(&orders->block);
 }
 
 void sync_warp(unsigned mask, void* operands, Finish finish, bool orders_memory, Site site) {
@@ -330,7 +370,7 @@ void sync_warp(unsigned mask, void* operands, Finish finish, bool orders_memory,
   Warp& warp = warps[me.warp];
   mask &= warp.lanes;
   if (!(mask >> me.lane & 1)) stop("a warp operation at " + text(site) + " whose mask leaves out the caller");
-  if (orders_memory) release(&warp.order);
+  if (orders_memory) release(&orders->warp[me.warp]);
   me.state = State::at_warp;
   me.site = site;
   me.mask = mask;
@@ -338,7 +378,7 @@ void sync_warp(unsigned mask, void* operands, Finish finish, bool orders_memory,
   warp.arrived |= 1u << me.lane;
   if ((mask & ~warp.arrived) == 0) finish_warp(warp, mask, finish);
   leave(me);
-  if (orders_memory) acquire(&warp.order);
+  if (orders_memory) acquire(&orders->warp[me.warp]);
 }
 
 // ---- asynchronous copies
@@ -408,7 +448,7 @@ void run_grid(const Launch& what) {
   threads = std::make_unique<Thread[]>(thread_count);
   warps = std::make_unique<Warp[]>(warp_count);
   shared.reset();
-  random_bits.seed(settings.seed);
+  random_bits.state = settings.seed;
 
   std::vector<dim3> blocks;
   for (unsigned z = 0; z < what.grid.z; ++z)
