@@ -11,11 +11,12 @@ from .entries import ObservedEntries
 from .files import extra
 
 if TYPE_CHECKING:
-    from . import nn
+    from . import factorization, nn
     from .adapter_files import export_lora, load_adapter, save_adapter, shrink_factors
     from .adapters import adapt, adapter_layers, delete_adapter, disabled, merge_and_unload, set_adapter, unadapt
     from .analysis import rank_report
     from .completion import DeepMatrixCompletion
+    from .factorization import DeepFactorization
     from .imputer import LowRankImputer
     from .initialization import compress_
     from .nn import DeepLoRALinear, LoRALinear, RandLoRALinear
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamWithSGD",
     "CompressedFactors",
+    "DeepFactorization",
     "DeepLoRALinear",
     "DeepMatrixCompletion",
     "LoRALinear",
@@ -39,6 +41,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "export_lora",
+    "factorization",
     "load_adapter",
     "masked_gradient",
     "merge_and_unload",
@@ -59,6 +62,7 @@ _LAZY = {
     "adapters": ("adapt", "adapter_layers", "delete_adapter", "disabled", "merge_and_unload", "set_adapter", "unadapt"),
     "analysis": ("rank_report",),
     "completion": ("DeepMatrixCompletion",),
+    "factorization": ("DeepFactorization",),
     "imputer": ("LowRankImputer",),
     "initialization": ("compress_",),
     "nn": ("DeepLoRALinear", "LoRALinear", "RandLoRALinear"),
@@ -69,8 +73,8 @@ _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Layers, adapters and estimators are imported at first use; the estimators need scikit-learn, the kernels do not."""
-    if name == "nn":
-        return import_module(".nn", __name__)
+    if name in ("nn", "factorization"):
+        return import_module(f".{name}", __name__)
     if name in _HOME:
         if _HOME[name] in ("completion", "imputer"):
             extra("sklearn", "an estimator")

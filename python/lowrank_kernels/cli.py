@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from . import files
+from .cli_verify import verify_command
 from .finetuning.data import TASKS
 from .problems import Entries, Options, Problem, load
 from .tasks import Fit, Progress, Score, fit, scores, write_outputs
@@ -341,3 +342,6 @@ def _print(
         errors.add_row(score.name, *cells, f"{score.rmse:.4g}", f"{score.mae:.4g}")
     console.print()
     console.print(errors)
+
+
+group.add_command(verify_command(_clean_errors))
