@@ -444,7 +444,7 @@ def completion_gradients(seed: int = 0, *, broken: bool = False) -> Statement:
     loss, model = _masked(seed)
     left, core, right = model.compress(loss, 2 * RANK).compressed_factors()
     got = completion_loss_and_gradients(left, core, right, loss.entries)[1]
-    mask = loss.weights if not broken else torch.ones_like(loss.target)
+    mask = torch.ones_like(loss.target) if broken or loss.weights is None else loss.weights
     product = paper.product(list(core))
     error = mask * (left @ product @ right - loss.target)
     wanted_core = torch.stack(layer_gradients(list(core), left.t() @ error @ right.t()))
