@@ -32,7 +32,7 @@ from .adapters import adapter_layers, check_free, first_names, install, matrix_s
 from .files import InputError, OutputError, PathLike, check_output, read_head, write_atomically
 from .nn import AdapterInfo, AdapterLayer, Factors
 from .ops.three_factor import FACTOR_TYPES
-from .processes import assign, full, gathered, is_sharded, sharding_team
+from .processes import assign, full, gathered, is_sharded, plain_class, sharding_team
 from .reference.core import core_product
 
 FORMAT_VERSION = 1
@@ -274,7 +274,7 @@ def _peft_config(
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": names if exact else "|".join(map(re.escape, names)),
-        "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in layers.values()),
+        "fan_in_fan_out": any(plain_class(layer.base_layer).__name__ == "Conv1D" for layer in layers.values()),
         "lora_dropout": max(layer.adapters[adapter].dropout for layer in layers.values()),
         "bias": "none",
         "use_rslora": False,
@@ -358,7 +358,7 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
             "format_version": FORMAT_VERSION,
             "package_version": _package_version(),
             "adapter": adapter,
-            "model": type(model).__name__,
+            "model": plain_class(model).__name__,
             "layers": described,
             "trained": trained_modules(model),
         }
@@ -434,7 +434,7 @@ def _prepared(model: nn.Module, path: PathLike, adapter: str | None) -> tuple[Lo
 
 def _place(module: nn.Module) -> _Place:
     base: Any = module.base_layer if isinstance(module, AdapterLayer) else module
-    return _Place(type(base).__name__, tuple(base.weight.shape), tuple(matrix_shape(module)))
+    return _Place(plain_class(base).__name__, tuple(base.weight.shape), tuple(matrix_shape(module)))
 
 
 def _package_version() -> str:
@@ -499,7 +499,7 @@ def _parse(config: Any, tensors: dict[str, Tensor]) -> _Saved:
     trained = {}
     for name in config["trained"]:
         prefix = f"{name}."
-        keys = [key for key in tensors if key.startswith(prefix)]
+        keys = sorted(key for key in tensors if key.startswith(prefix))  # processes write sharded ones in the same order
         trained[name] = {key.removeprefix(prefix): tensors.pop(key) for key in keys}
     problems += [f"{key} belongs to no layer" for key in tensors]
     if problems or not layers:

@@ -23,6 +23,7 @@ from torch import nn
 
 from .nn import AdapterLayer, layer_class
 from .nn.hosts import Linear
+from .processes import sharding_team
 
 METHODS = ("deeplora", "lora", "randlora")
 Pattern = str | Iterable[str]
@@ -521,7 +522,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     ``merge()`` of every layer in :func:`adapter_layers` reports before.
 
     Raises:
-        ValueError: the model holds no adapters, or a merged weight would not be finite; the model is as it was then.
+        ValueError: the model holds no adapters, a merged weight would not be finite, or weights are sharded (``fully_shard``);
+            the model is as it was then.
 
     Note:
         Until all layers are merged, a copy of their weights is kept to go back to.
@@ -537,6 +539,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         )
     """
     layers = _adapted("merge_and_unload", model)
+    sharding_team(model)  # puts sharded weights back where they are, so that merge() refuses them
     before = {name: layer.merged_adapters for name, layer in layers.items()}
     name = ""
     try:

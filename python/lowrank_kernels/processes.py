@@ -123,11 +123,21 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
+def _shards(kind: type) -> bool:
+    """Whether this is a class that ``fully_shard`` made, or torch's ``FSDPModule``."""
+    return hasattr(kind, "reshard") and hasattr(kind, "unshard")
+
+
+def plain_class(module: nn.Module) -> type:
+    """The class of a module as it was before ``fully_shard``."""
+    return next(kind for kind in type(module).__mro__ if not _shards(kind))
+
+
 def sharding_team(model: nn.Module) -> Team:
     """The processes that share out a model's parameters, put back where they are; alone where none is sharded."""
     module: Any
     for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # FSDPModule
+        if _shards(type(module)):
             module.reshard()  # gathered parameters that a forward pass left are copies, what is written there is lost
     for parameter in model.parameters():
         if is_sharded(parameter):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.three_factor import FACTOR_TYPES
+from ..processes import assign, is_sharded
 from ..reference.core import core_product
 
 
@@ -229,9 +230,8 @@ class AdapterLayer(nn.Module):
         for kind, value in given.items():
             if value.shape != parameters[kind].shape:
                 raise ValueError(f"set_factors: {kind} must be {tuple(parameters[kind].shape)}, got {tuple(value.shape)}")
-        with torch.no_grad():
-            for kind, value in given.items():
-                parameters[kind].copy_(value)
+        for kind, value in given.items():
+            assign(parameters[kind], value)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -275,7 +275,7 @@ class AdapterLayer(nn.Module):
         What is merged already is skipped with a warning.
 
         Raises:
-            ValueError: an update or the merged weight is not finite; nothing was changed.
+            ValueError: an update or the merged weight is not finite, or the weight is sharded; nothing was changed.
         """
         wanted = self._active if names is None else self._names("merge", names)
         new = tuple(name for name in wanted if name not in self._merged)
@@ -286,6 +286,10 @@ class AdapterLayer(nn.Module):
             return MergeReport((), 0.0, 0.0, 0 if self._stash is None else self._stash.nbytes)
         if weight.is_meta:
             raise ValueError("merge: the base weight is on the meta device and has no values; load the model first")
+        if is_sharded(weight):
+            raise ValueError(
+                "merge: the base weight is sharded; save_adapter(), load it into a model of one process, merge there"
+            )
         original = weight.detach() if self._stash is None else self._stash.to(weight.device)
         delta = None
         for name in (*self._merged, *new):
