@@ -57,9 +57,6 @@ class Linear(AdapterLayer):
         left, core, right, scale = self.factors(name)
         return three_factor_linear(x, weight, left, core, right, bias=bias, scale=scale, dropout_p=self._dropout(name))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self._running)
-
     def _run(self, x: Tensor, running: tuple[str, ...]) -> Tensor:
         base = self._modules["base_layer"]
         weight = _fusable(base) if running else None  # type: ignore[arg-type]
@@ -107,9 +104,6 @@ class Embedding(AdapterLayer):
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.t()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self._run(ids, self._running)
-
     def _run(self, ids: Tensor, running: tuple[str, ...]) -> Tensor:
         base: Any = self.base_layer
         y = base(ids)
@@ -145,9 +139,6 @@ class Conv(AdapterLayer):
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.weight.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self._running)
 
     def _run(self, x: Tensor, running: tuple[str, ...]) -> Tensor:
         base: Any = self.base_layer

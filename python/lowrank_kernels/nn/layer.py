@@ -132,6 +132,13 @@ class AdapterLayer(nn.Module):
         """``(out, in)`` in the layout of the base weight."""
         raise NotImplementedError
 
+    def _run(self, x: Tensor, running: tuple[str, ...], /) -> Tensor:
+        """The base layer with the updates of these adapters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, self._running)
+
     # What a method says.
 
     def add_adapter(self, name: str, *args: Any, **options: Any) -> None:
