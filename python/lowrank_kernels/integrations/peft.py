@@ -42,6 +42,7 @@ from ..nn import (
     layer_class,
 )
 from ..ops.three_factor import FACTOR_TYPES
+from .peft_fused import AccelerationReport, accelerate_peft, decelerate_peft
 
 extra("peft", "lowrank_kernels.integrations.peft")
 
@@ -56,7 +57,15 @@ from peft.utils import (  # noqa: E402
 )
 from peft.utils.other import get_pattern_key  # noqa: E402
 
-__all__ = ["DeepLoraConfig", "DeepLoraLayer", "DeepLoraModel", "save_pretrained"]
+__all__ = [
+    "AccelerationReport",
+    "DeepLoraConfig",
+    "DeepLoraLayer",
+    "DeepLoraModel",
+    "accelerate_peft",
+    "decelerate_peft",
+    "save_pretrained",
+]
 
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 _HEADING = "## Loading this adapter"
