@@ -10,7 +10,8 @@ import time
 import traceback
 from pathlib import Path
 
-from .harness import DATA, Session, Skipped, machine_slug, print_table, warn_if_busy
+from .harness import DATA, Session, Skipped, machine_slug, warn_if_busy
+from .rows import print_table
 
 GPU_BENCHES = ("three_factor_cuda", "completion_cuda", "encoder_cuda")  # skipped without a GPU
 BENCHES = ("completion", "three_factor", "compress", "training", "peers", *GPU_BENCHES)

@@ -8,11 +8,9 @@ printed and the run ends with a non-zero status. A *bar* is a limit set beforeha
 from __future__ import annotations
 
 import contextlib
-import csv
 import datetime
 import gc
 import importlib
-import io
 import json
 import math
 import os
@@ -34,16 +32,10 @@ import lowrank_kernels
 from lowrank_kernels import _native
 from lowrank_kernels.testing import error_and_limit
 
+from .rows import COLUMNS, append_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "bench" / "data"
-
-COLUMNS = [
-    *("date", "revision", "dirty", "machine", "simd", "python", "torch", "package", "load"),
-    *("bench", "case", "contender", "threads", "dtype"),
-    *("median_ms", "min_ms", "q25_ms", "q75_ms", "repeats"),
-    *("gflops", "share_sgemm", "gbs", "share_copy", "peak_mb"),
-    *("error", "metric", "value", "baseline", "ratio", "bar", "met", "note"),
-]
 
 Outputs = dict[str, Tensor]
 
@@ -511,7 +503,10 @@ def machine_slug() -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -519,7 +514,8 @@ def machine_facts() -> dict[str, Any]:
     # What benches write themselves does not make a revision dirty.
     changed = _git("status", "--porcelain", "--", ".", ":!bench/data", ":!docs/figures", ":!README.md", ":!bench/README.md")
     return {
-        "revision": _git("rev-parse", "--short", "HEAD") or "unknown",
+        # A copy of the tree without its history is told by whoever copied it.
+        "revision": _git("rev-parse", "--short", "HEAD") or os.environ.get("LRK_REVISION", "")[:7] or "unknown",
         "dirty": "yes" if changed else "no",
         "machine": machine_slug(),
         "simd": _native._C.simd_level() if _native.has_cpu() else "none",
@@ -536,87 +532,6 @@ def warn_if_busy(say: Callable[[str], None]) -> bool:
         say(f"warning: the load average is {load:.1f}: others are running, and the timings will show it")
         return True
     return False
-
-
-# ---------------------------------------------------------------------- rows
-
-
-def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a CSV file; what was there stays as it is, and the file is replaced in one move."""
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if old and old.splitlines()[0].split(",") != COLUMNS:
-        raise ValueError(f"{path} has other columns than this version writes; give another file with --out")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not old:
-        writer.writeheader()
-    elif not old.endswith("\n"):
-        old += "\n"
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    write_atomically(path, old + text.getvalue())
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
-
-
-def print_table(session: Session) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    machines = dict.fromkeys((row["machine"], row["simd"]) for row in session.rows)
-    machines = machines or {(session.facts["machine"], session.facts["simd"]): None}
-    title = "; ".join(f"{machine}, {simd if simd.startswith('sm_') else f'SIMD {simd}'}" for machine, simd in machines)
-    table = Table(title=f"{title}, torch {session.facts['torch']}")
-    for name in ("case", "contender", "threads", "ms", "GFLOP/s", "GB/s", "peak MB", "result", "x baseline", "bar", "met"):
-        table.add_column(name, justify="left" if name in ("case", "contender", "bar") else "right")
-
-    def number(value: Any, form: str = ".3g") -> str:
-        return format(value, form) if isinstance(value, (int, float)) and not math.isnan(value) else ""
-
-    last = None
-    for row in session.rows:
-        if last not in (None, row["case"]):
-            table.add_section()
-        last = row["case"]
-        table.add_row(
-            row["case"],
-            row["contender"],
-            str(row["threads"]),
-            number(row["median_ms"], ".4g"),
-            number(row["gflops"]),
-            number(row["gbs"]),
-            number(row["peak_mb"]),
-            f"{row['metric']} {number(row['value'], '.4g')}".strip(),
-            number(row["ratio"]),
-            row["bar"],
-            {"yes": "[green]yes", "no": "[red]no"}.get(row["met"], ""),
-        )
-    console.print(table)
-    for threads, (sgemm, copy) in sorted(session.ceilings.items()):
-        console.print(f"ceilings with {threads} thread(s): sgemm {sgemm:.0f} GFLOP/s, copy {copy:.1f} GB/s")
-    for what, reason in session.skipped:
-        console.print(f"skipped: {what}: {reason}")
-    for error in session.errors:
-        console.print(f"[red]wrong:[/red] {error}")
 
 
 if __name__ == "__main__":

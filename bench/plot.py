@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .harness import DATA, ROOT, read_rows, write_atomically
+from .harness import DATA, ROOT
+from .rows import read_rows, write_atomically
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "lowrank_kernels"

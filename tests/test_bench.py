@@ -44,16 +44,16 @@ def square_contenders(harness: ModuleType, wrong: bool) -> tuple[list[Any], dict
 # ---------------------------------------------------------------------- the whole run
 
 
-def test_quick_run_ends_and_its_rows_are_complete(harness: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("rich")
+def test_quick_run_ends_and_its_rows_are_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     out = tmp_path / "rows.csv"
     command = [sys.executable, "-m", "bench", "--quick", "--out", str(out)]
     environment = os.environ | {"LOWRANK_DATA": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = harness.read_rows(out)
-    assert list(rows[0]) == harness.COLUMNS
+    table = load("rows", monkeypatch)
+    rows = table.read_rows(out)
+    assert list(rows[0]) == table.COLUMNS
     assert {row["bench"] for row in rows} >= {"completion", "three_factor", "training", *GPU_BENCHES[:2], "ceilings_cuda"}
     for row in rows:
         for column in ("date", "revision", "dirty", "machine", "simd", "python", "torch", "package", "case", "contender"):
@@ -66,6 +66,31 @@ def test_quick_run_ends_and_its_rows_are_complete(harness: ModuleType, tmp_path:
     names = {row["contender"] for row in rows}
     assert {"autograd COO", "hand-written COO", "dense", "lowrank_kernels, autograd"} <= names
     assert {"frozen linear", "eager chain", "addmm chain", "lowrank_kernels"} <= names
+
+
+@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
+def test_the_table_holds_every_row(
+    harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rich: bool
+) -> None:
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    s = session(harness, tmp_path / "rows.csv")
+    s.record("completion", "squares", "ours", median_ms=1.25, ratio=2.0, bars=[harness.Bar("ratio", 1.5, at_least=True)])
+    s.fail("cubes: wrong")
+    load("rows", monkeypatch).print_table(s)
+    printed = capsys.readouterr().out
+    for cell in ("squares", "ours", "1.25", "ratio >= 1.5", "yes", "wrong: cubes: wrong"):
+        assert cell in printed
+
+
+def test_a_machine_without_git_has_unknown_revisions(harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("LRK_REVISION", raising=False)
+    assert harness.machine_facts()["revision"] == "unknown"
+    monkeypatch.setenv("LRK_REVISION", "0123456789abcdef")
+    assert harness.machine_facts()["revision"] == "0123456"
 
 
 # ---------------------------------------------------------------------- correctness comes first
@@ -82,7 +107,8 @@ def test_a_wrong_contender_gets_no_row_and_ends_the_run_with_an_error(
     out = tmp_path / "rows.csv"
     arguments = ["--quick", "--only", "completion.squares", "--out", str(out)]
     assert load("__main__", monkeypatch).main(arguments) == (1 if wrong else 0)
-    assert [row["contender"] for row in harness.read_rows(out)] == (["plain"] if wrong else ["plain", "ours"])
+    read = load("rows", monkeypatch).read_rows
+    assert [row["contender"] for row in read(out)] == (["plain"] if wrong else ["plain", "ours"])
 
 
 def test_ours_may_be_off_by_no_more_than_the_rule_even_where_others_may(harness: ModuleType, tmp_path: Path) -> None:
@@ -354,13 +380,13 @@ def test_an_encoder_that_does_not_train_is_refused(gpu_session: Any, monkeypatch
 # ---------------------------------------------------------------------- rows
 
 
-def test_appending_keeps_what_was_there(harness: ModuleType, tmp_path: Path) -> None:
+def test_appending_keeps_what_was_there(harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "folder" / "rows.csv"
     session(harness, out).record("completion", "a, with a comma", 'b "quoted"', value=1.0, metric="x")
     before = out.read_text()
     session(harness, out).record("completion", "second", "b", value=2.0, metric="x")
     assert out.read_text().startswith(before)
-    rows = harness.read_rows(out)
+    rows = load("rows", monkeypatch).read_rows(out)
     assert [row["case"] for row in rows] == ["a, with a comma", "second"]
     assert rows[0]["contender"] == 'b "quoted"'
     assert [p.name for p in out.parent.iterdir()] == ["rows.csv"]  # no temporary file stays
