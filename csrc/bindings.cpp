@@ -250,7 +250,7 @@ py::dict cuda_info() {
     reason = "no GPU is visible";
   }
 #else
-  reason = "built without CUDA";
+  reason = LRK_NO_CUDA;
 #endif
   py::dict info;
   info["device_count"] = count;
@@ -268,6 +268,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = LRK_COMPILER;
   m.attr("openmp") = bool(LRK_OPENMP);
   m.attr("has_cuda") = bool(LRK_WITH_CUDA);
+  m.attr("no_cuda") = LRK_NO_CUDA;  // why it was built without, else empty
   m.attr("cuda_version") = LRK_CUDA_VERSION;
   m.attr("cuda_architectures") = LRK_CUDA_ARCHITECTURES;
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -44,20 +45,79 @@ def has_cuda() -> bool:
     return _HAS_CUDA
 
 
+def _has_code(capability: tuple[int, int], architecture: str) -> bool:
+    """True where the code of an architecture, as CMake writes it, runs on a GPU of this compute capability."""
+    number, _, kind = architecture.partition("-")
+    digits = number.rstrip("af")
+    if not digits.isdecimal():
+        return True  # a word as "all": the launch will tell
+    built = divmod(int(digits), 10)
+    if number.endswith("a"):  # specific to that one architecture
+        return capability == built
+    if kind == "real" or number.endswith("f"):  # machine code
+        return capability[0] == built[0] and capability[1] >= built[1]
+    return capability >= built  # PTX: the driver compiles it
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def cuda_reason() -> str:
+    """Why the CUDA kernels run on no GPU whatsoever, and what to do; empty where they may."""
+    if _C is None:
+        return unavailable
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, the kernels for CUDA; they need an NVIDIA GPU and a CUDA build of torch"
+    if not _C.has_cuda:
+        why = getattr(_C, "no_cuda", "built without CUDA")
+        return f"{why}; reinstall from source where nvcc is: LRK_CUDA=ON pip install ."
+    return ""
+
+
+@cache
+def gpu_reason(index: int) -> str:
+    """Why the CUDA kernels do not run on this GPU, and what to do; empty where they do."""
+    if reason := cuda_reason():
+        return reason
+    capability = torch.cuda.get_device_capability(index)
+    name = ".".join(map(str, capability))
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {name}, the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}; use a newer GPU"
+    fitting = [code for code in _C.cuda_architectures.split(",") if _has_code(capability, code)]
+    if not fitting:
+        return (
+            f"compute capability {name}, the module has code for {_C.cuda_architectures} only; reinstall from source with "
+            f"-Ccmake.define.CMAKE_CUDA_ARCHITECTURES={name.replace('.', '')}"
+        )
+    info = cuda_info()
+    driver, toolkit = info["driver_version"], info["runtime_version"]
+    # Within a major version an older driver runs the machine code of a newer toolkit, but does not compile its PTX.
+    machine_code = any(code.endswith("-real") for code in fitting)
+    if driver and (driver // 1000 < toolkit // 1000 or (driver < toolkit and not machine_code)):
+        return (
+            f"the driver supports CUDA {_version(driver)}, the module was built with {_version(toolkit)}; update the driver, "
+            f"or reinstall from source with a toolkit not newer than {_version(driver)}"
+        )
+    return str(info["reason"])
+
+
 @cache
 def _gpu_serves(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= MIN_CAPABILITY
+    reason = gpu_reason(index)
+    if reason and _C is not None:  # a module that is not there is silent on the CPU as well
+        warnings.warn(
+            f"lowrank_kernels: the PyTorch reference takes the place of the CUDA kernels on GPU {index}: {reason}", stacklevel=4
+        )
+    return not reason
 
 
 def serves(device: torch.device) -> bool:
-    """True where a native kernel runs on the device: the CPU, or a GPU the kernels were built for."""
+    """True where a native kernel runs on the device: the CPU, or a GPU the kernels run on; once for each GPU where they do
+    not, a warning says why. Not for code that torch.compile traces."""
     if device.type == "cpu":
         return _C is not None
-    return (
-        device.type == "cuda"
-        and _HAS_CUDA
-        and _gpu_serves(torch.cuda.current_device() if device.index is None else device.index)
-    )
+    return device.type == "cuda" and _gpu_serves(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def factor_lanes(dtype: torch.dtype, device: torch.device) -> int:

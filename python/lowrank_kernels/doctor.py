@@ -122,8 +122,7 @@ def _cuda() -> Iterator[Line]:
             for name, value in info.items() if isinstance(info, dict) else [("runtime", info)]:
                 yield Line("cuda", str(name).replace("_", " "), str(value))
     else:
-        why = "the native module is not loaded" if native is None else "no CUDA compiler when the package was built"
-        yield Line("cuda", "kernels", "not built", f"{why}; with nvcc there: LRK_CUDA=ON pip install .")
+        yield Line("cuda", "kernels", "not built", _native.cuda_reason())
     yield Line("cuda", "torch's CUDA", str(torch.version.cuda or "none"), "" if torch.version.cuda else "a CPU build of torch")
     if not torch.cuda.is_available():
         yield Line("cuda", "GPU", "none usable", _why_no_gpu())
@@ -132,6 +131,8 @@ def _cuda() -> Iterator[Line]:
         properties = torch.cuda.get_device_properties(index)
         capability = f"compute capability {properties.major}.{properties.minor}"
         yield Line("cuda", f"GPU {index}", properties.name, f"{capability}, {properties.total_memory / 2**30:.1f} GiB")
+        reason = _native.gpu_reason(index)
+        yield Line("cuda", f"kernels on GPU {index}", "not run" if reason else "run", reason)
     driver = _driver()
     if driver:
         yield Line("cuda", "driver", driver)
@@ -176,20 +177,30 @@ def _ops() -> Iterator[Line]:
         overload = next(x for x in torch._C._dispatch_get_all_op_names() if x.split(".")[0] == name)
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
             short = name.removeprefix("lowrank_kernels::").lstrip("_")
-            if registered(overload, key):
-                level = _ask(_native._C, "simd_level") if device == "cpu" else _ask(_native._C, "cuda_architectures")
-                usable = device == "cpu" or torch.cuda.is_available()
-                limit = f"ranks up to {_native.MAX_RANK}; larger ones: matrix products" if "three_factor" in short else ""
-                yield Line("ops", f"{short} on {device}", f"native ({level})", limit if usable else _why_no_gpu())
-            elif device == "cpu":
-                yield Line("ops", f"{short} on cpu", "PyTorch reference", _native.unavailable or "no native kernel for this op")
+            reasons = _reasons(device)
+            if not registered(overload, key):
+                built = _native.has_cpu() if device == "cpu" else _native.has_cuda()
+                why = "no native kernel for this op" if built else reasons[0]
+                yield Line("ops", f"{short} on {device}", "PyTorch reference", why)
+            elif reasons and all(reasons):
+                yield Line("ops", f"{short} on {device}", "PyTorch reference", reasons[0])
             else:
-                why = (
-                    "the CUDA kernels are not built"
-                    if not getattr(_native._C, "has_cuda", False)
-                    else "no CUDA kernel for this op"
-                )
-                yield Line("ops", f"{short} on cuda", "PyTorch reference", why)
+                level = _ask(_native._C, "simd_level" if device == "cpu" else "cuda_architectures")
+                limit = f"ranks up to {_native.MAX_RANK}; larger ones: matrix products" if "three_factor" in short else ""
+                yield Line("ops", f"{short} on {device}", f"native ({level})", limit if reasons else _why_no_gpu())
+
+
+def _reasons(device: str) -> list[str]:
+    """Why the kernels do not run, for the CPU or for each GPU: empty strings where they do, no entry without a GPU."""
+    import torch
+
+    from . import _native
+
+    if device == "cpu":
+        return [_native.unavailable]
+    if reason := _native.cuda_reason():
+        return [reason]
+    return [_native.gpu_reason(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
 
 
 def print_report(lines: list[Line] | None = None) -> None:
