@@ -224,10 +224,11 @@ class AdamWithSGD(AdamW):
 
 
 class DivergenceWatch:
-    """What :func:`watch_divergence` returns: ``ratios``, by layer as last measured, and ``remove()`` to end it."""
+    """What :func:`watch_divergence` returns: ``ratios`` by layer after so many ``looks``; ``remove()`` ends it."""
 
     def __init__(self, layers: dict[str, AdapterLayer], every: int, limit: float) -> None:
         self.ratios: dict[str, float] = {}
+        self.looks = 0
         self._layers, self._every, self._limit = layers, every, limit
         self._steps = 0
         self._bases: dict[str, float] = {}
@@ -248,6 +249,7 @@ class DivergenceWatch:
                 base = self._base(name)
                 with gathered(*(child for child in layer.children() if child is not layer.base_layer)):
                     self.ratios[name] = _ratio(layer, base)
+        self.looks += 1
         for name, ratio in self.ratios.items():
             if not ratio <= self._limit and name not in self._warned:
                 self._warned.add(name)
@@ -297,7 +299,7 @@ def watch_divergence(model: nn.Module, optimizer: Optimizer, *, every: int = 20,
             it was pretrained for.
 
     Returns:
-        A handle with ``ratios`` (layer name -> ratio as last measured) and ``remove()``.
+        A handle with ``ratios`` (layer name -> ratio as last measured), ``looks`` (how many there were) and ``remove()``.
 
     Raises:
         ValueError: no adapter layer, ``every`` below 1, a limit that is not positive.
