@@ -520,7 +520,8 @@ def test_bad_options_are_refused(stsb, model_folder, tmp_path):
     assert "holds none of train.tsv" in given("--task", "rte")
     assert "all by name, or all by number" in given("--text", "a", "--label", "2", train=stsb / "sts-train.csv")
     assert "nothing is downloaded" in given(*task, model="bert-base-uncased")
-    assert "rank must be even" in given(*task, "--rank", 3, "--base-dtype", "float32")
+    assert "rank must be even" in given(*task, "--rank", 3)
+    assert "rank 33 is larger than" in given(*task, "--method", "lora:rank=33")
     occupied = tmp_path / "mine"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("precious")

@@ -16,7 +16,7 @@ from ..files import InputError
 from . import plots, results
 from .data import TASKS, Layout, find_files, read_examples, split, subsample
 from .methods import METHODS, Value, parse_option
-from .models import find_model, load_pretrained, matmul_rates
+from .models import Pretrained, find_model, load_pretrained, matmul_rates
 from .training import Bench, Run, Settings, execute
 
 Notice = Callable[[str], None]
@@ -159,6 +159,7 @@ def prepare(request: Request, notice: Notice) -> tuple[Bench, results.Folder, li
         settings = Settings(**{**asdict(settings), "base_dtype": chosen})
         words = f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bfloat16"
     base = load_pretrained(request.model, getattr(torch, settings.base_dtype), request.device)
+    check_ranks(base, runs)
     configuration = {
         "train": [Path(train_file).name, train.digest, len(train)],
         "dev": [Path(dev_file).name if dev_file else "held out", dev.digest, len(dev)],
@@ -172,6 +173,22 @@ def prepare(request: Request, notice: Notice) -> tuple[Bench, results.Folder, li
     if words is not None:
         notice(f"frozen layers in {settings.base_dtype}: this CPU multiplies {words}")
     return Bench(base, train, dev, settings), folder, runs
+
+
+def check_ranks(base: Pretrained, runs: Sequence[Run]) -> None:
+    """Refuse ranks that a layer cannot have, hours before their run would."""
+    smallest = min((min(base.encoder.get_parameter(f"{name}.weight").shape), name) for name in base.linears)
+    for run in runs:
+        rank = dict(run.options).get("rank", 1)
+        if rank > smallest[0]:
+            raise InputError(
+                f"--method {run.method}: rank {rank} is larger than {smallest[1]}, whose smaller side is {smallest[0]}"
+            )
+        if run.method == "deeplora" and rank % 2:
+            raise InputError(
+                f"--method deeplora: rank must be even, half of it are directions of the gradient, got {rank}; "
+                "deeplora-random takes any"
+            )
 
 
 def _digest(folder: Path) -> str:

@@ -57,6 +57,7 @@ def learning_curves(rows: Sequence[Row], measure: str) -> Any | None:
         return None
     figure, axes = _figure(len(counts))
     styles = _styles([row.label for row in rows])
+    drawn: dict[str, Any] = {}
     for each, count in zip(axes, counts, strict=True):
         for row in rows:
             if row.samples != count:
@@ -68,9 +69,9 @@ def learning_curves(rows: Sequence[Row], measure: str) -> Any | None:
                         values.setdefault(point["step"], []).append(point[measure])
             steps = [step for step in sorted(values) if len(values[step]) == len(row.results)]
             means = [statistics.fmean(values[step]) for step in steps]
-            each.plot(steps, means, label=row.label, linewidth=1.4, **styles[row.label])
+            (drawn[row.label],) = each.plot(steps, means, label=row.label, linewidth=1.4, **styles[row.label])
         each.set(xlabel="step", ylabel=f"{measure} (dev)", title="all samples" if count is None else f"n = {count}")
-        each.legend(fontsize=6.5, frameon=False)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=6.5, frameon=False)
     return figure
 
 
@@ -95,10 +96,11 @@ def against(rows: Sequence[Row], measure: str, by: str, title: str) -> Any | Non
     figure, (axes,) = _figure()
     labels = {key: _without(line[0].label, by) for key, line in lines.items()}
     styles = _styles(list(labels.values()))
-    for key, line in lines.items():
+    for place, (key, line) in enumerate(lines.items()):
         line = sorted((row for row in line if row.mean(measure) is not None), key=at)
+        aside = 1.03 ** (place - (len(lines) - 1) / 2)  # so that no bar hides another
         axes.errorbar(
-            [at(row) for row in line], [row.mean(measure) for row in line], [row.std(measure) or 0.0 for row in line],
+            [at(row) * aside for row in line], [row.mean(measure) for row in line], [row.std(measure) or 0.0 for row in line],
             label=labels[key], marker="o", markersize=3.5, capsize=2, linewidth=1.4, **styles[labels[key]],
         )  # fmt: skip
     values = sorted({at(row) for line in lines.values() for row in line})
@@ -106,7 +108,7 @@ def against(rows: Sequence[Row], measure: str, by: str, title: str) -> Any | Non
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
     axes.set(xlabel=title, ylabel=f"{measure} (dev)")
-    axes.legend(fontsize=6.5, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=6.5, frameon=False)
     return figure
 
 
@@ -135,5 +137,5 @@ def rank_histogram(rows: Sequence[Row], keep: Callable[[Row], bool] | None = Non
         axes.bar(places, heights, width, label=label, color=styles[row.label]["color"])
     axes.set_xticks(range(largest + 2), [*map(str, range(largest + 1)), f"> {largest}"])
     axes.set(xlabel="singular values of the update above 1e-2", ylabel="layers")
-    axes.legend(fontsize=6.5, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=6.5, frameon=False)
     return figure

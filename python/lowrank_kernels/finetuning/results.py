@@ -159,7 +159,7 @@ class Row:
 def rows(results: Iterable[Result]) -> list[Row]:
     """The results grouped over their seeds, in the order of :data:`METHODS`, samples and options.
 
-    An option is part of a label where it is not the method's default or where the runs of the method differ in it.
+    An option is part of a label where it is not the method's default; rate and rank also where the method's runs differ in it.
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
@@ -178,7 +178,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
         shown = [
             f"{name} {_short(value)}"
             for name, value in run["options"].items()
-            if defaults.get(name) != value or len(seen[run["method"], name]) > 1
+            if defaults.get(name) != value or (name in ("lr", "rank") and len(seen[run["method"], name]) > 1)
         ]
         shown += [f"{run['steps']} steps"] if len(seen[f"n{run['samples']}", "steps"]) > 1 else []
         shown += [run["schedule"]] if len(seen[f"n{run['samples']}", "schedule"]) > 1 else []
@@ -243,8 +243,9 @@ def cells(made: Sequence[Row], measures: Sequence[str]) -> tuple[list[str], list
     return [*HEADER[:4], *measures, *HEADER[4:]], body
 
 
-def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+def markdown(header: Sequence[str], body: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A table in Markdown whose first ``texts`` columns are text and the others numbers."""
+    lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

