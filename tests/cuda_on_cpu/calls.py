@@ -161,7 +161,10 @@ def _completion_runs() -> list[CompletionRun]:
     for dtype in (torch.float32, torch.float64):
         for k in (3, 20, 40, 100, 130):
             case = CompletionCase(23, 31, k, 200, depth=None, biases=True, dtype=dtype)
-            runs += [CompletionRun(case, "rows", long_row=7, grads=False), CompletionRun(case, "columns", long_row=7, loss=False)]
+            runs += [
+                CompletionRun(case, "rows", long_row=7, grads=False),
+                CompletionRun(case, "columns", long_row=7, loss=False),
+            ]
             runs.append(CompletionRun(case, "rows", wide_index=True))
         long = CompletionCase(3, 2600, 10, 2500, depth=None, weights=True, dtype=dtype, pattern="row")
         runs += [CompletionRun(long, "rows"), CompletionRun(long, "columns")]
@@ -302,7 +305,9 @@ def _three_factor_runs() -> list[ThreeFactorRun]:
         for ranks in WIDTHS.values():
             for k in ranks:
                 extras: dict[str, Any] = {"depth": pick((None, 0, 1, 2, 3)), "dropout_p": pick((0.0, 0.1, 0.5))}
-                case = ThreeFactorCase(pick(tokens), pick(features), pick(features), k, bias=pick((True, False)), **extras, **dtypes)
+                case = ThreeFactorCase(
+                    pick(tokens), pick(features), pick(features), k, bias=pick((True, False)), **extras, **dtypes
+                )
                 runs.append(ThreeFactorRun(case, x_gap=pick((0, 8)), dy_gap=pick((0, 16))))
         # A pitch or an address that tensor cores cannot take, in one of the directions or in both.
         case = ThreeFactorCase(65, 72, 64, 17, depth=2, dropout_p=0.1, **dtypes)
@@ -320,7 +325,9 @@ def _three_factor_runs() -> list[ThreeFactorRun]:
         for bits in range(15):
             runs.append(ThreeFactorRun(case, wanted=(bits & 1 > 0, bits & 2 > 0, bits & 4 > 0, bits & 8 > 0)))
     # Sums over t in several ranges.
-    runs += [ThreeFactorRun(ThreeFactorCase(700, 24, 16, 8, depth=1, dropout_p=0.1, **dtypes)) for dtypes in (DTYPES[0], HALVES[1])]
+    runs += [
+        ThreeFactorRun(ThreeFactorCase(700, 24, 16, 8, depth=1, dropout_p=0.1, **dtypes)) for dtypes in (DTYPES[0], HALVES[1])
+    ]
     return runs
 
 

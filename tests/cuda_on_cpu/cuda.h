@@ -1,4 +1,5 @@
-// cuda.h: the CUDA C++ names that kernels and launches use, for g++. Included before a .cu file, whose threads scheduler.h runs.
+// cuda.h: the CUDA C++ names that kernels and launches use, for g++. Included before a .cu file, whose threads scheduler.h
+// runs.
 //
 // There is no static shared memory: `__shared__` stays undefined, kernels take theirs from LRK_DYN_SMEM.
 #pragma once
@@ -120,7 +121,8 @@ void launch_kernel(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, con
   last_error = refusal(reinterpret_cast<const void*>(kKernel), grid, block, shared_bytes);
   if (last_error != cudaSuccess) return;
   auto run = [&] { kKernel(arguments...); };
-  run_grid({name_of<kKernel>(), grid, block, shared_bytes, [](const void* f) { (*static_cast<const decltype(run)*>(f))(); }, &run});
+  run_grid(
+      {name_of<kKernel>(), grid, block, shared_bytes, [](const void* f) { (*static_cast<const decltype(run)*>(f))(); }, &run});
 }
 
 }  // namespace cuda_on_cpu

@@ -33,7 +33,10 @@ FLAVOURS = {
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O1", "-g1", "-fsanitize=thread", "-DLRK_TSAN"],
 }
-_SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0"}
+_SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+    "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0",
+}
 
 
 # ---------------------------------------------------------------------- building
@@ -102,13 +105,17 @@ def build(flavour: str, csrc: Path = CSRC, changed: str | None = None) -> Path:
 
 def build_self_test(flavour: str) -> Path:
     """self_test.cu, which needs the scheduler alone."""
-    return _link("self_test", flavour, [_object(path, flavour, CSRC) for path in (HERE / "self_test.cu", HERE / "scheduler.cpp")])
+    return _link(
+        "self_test", flavour, [_object(path, flavour, CSRC) for path in (HERE / "self_test.cu", HERE / "scheduler.cpp")]
+    )
 
 
 def _link(name: str, flavour: str, objects: list[Path]) -> Path:
     sanitizers = [flag for flag in FLAVOURS[flavour] if flag.startswith("-fsanitize")]
     _forget_old_files()
-    return _cached(f"{name}-{flavour}", [str(COMPILER), *sanitizers, *objects], [_version(), *(path.name.encode() for path in objects)])
+    return _cached(
+        f"{name}-{flavour}", [str(COMPILER), *sanitizers, *objects], [_version(), *(path.name.encode() for path in objects)]
+    )
 
 
 # ---------------------------------------------------------------------- calls

@@ -13,8 +13,9 @@
 
 #ifdef LRK_CUDA_ON_CPU
 
-#include <csignal>
 #include <unistd.h>
+
+#include <csignal>
 
 #include "cuda.h"
 #include "guarded.h"

@@ -4,8 +4,8 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <map>
 #include <limits>
+#include <map>
 #include <memory>
 
 #include "guarded.h"
@@ -115,7 +115,6 @@ struct RandomBits {
   }
 };
 RandomBits random_bits;
-
 
 std::map<std::string, long>& uses() {
   static std::map<std::string, long> map;
@@ -335,8 +334,8 @@ void finish_warp(Warp& warp, unsigned mask, Finish finish) {
     if (!(mask >> lane & 1)) continue;
     Thread& t = first[lane];
     if (t.mask != mask || t.site.line != current->site.line)
-      stop("lanes " + std::to_string(current->lane) + " and " + std::to_string(lane) + " of a warp meet in different operations, at " +
-           text(current->site) + " and " + text(t.site));
+      stop("lanes " + std::to_string(current->lane) + " and " + std::to_string(lane) +
+           " of a warp meet in different operations, at " + text(current->site) + " and " + text(t.site));
     operands[lane] = t.operands;
     t.state = State::ready;
   }
@@ -356,8 +355,8 @@ void sync_block(Site site) {
   if (++waiting == thread_count) {
     for (int i = 0; i < thread_count; ++i)
       if (threads[i].site.line != site.line)
-        stop("__syncthreads under a condition: thread " + std::to_string(i) + " waits at " + text(threads[i].site) + ", thread " +
-             std::to_string(me.number) + " at " + text(site));
+        stop("__syncthreads under a condition: thread " + std::to_string(i) + " waits at " + text(threads[i].site) +
+             ", thread " + std::to_string(me.number) + " at " + text(site));
     for (int i = 0; i < thread_count; ++i) threads[i].state = State::ready;
     waiting = 0;
   }

@@ -153,7 +153,7 @@ __global__ void copy_kernel(const int* in, int* out, int inside) {
   lrk::copy_wait<1>();
   __syncwarp();
   for (int i = lane; i < 8 * kLanes; i += kLanes) out[i] = shared[i];  // of groups 0 and 1
-#ifdef LRK_CUDA_ON_CPU  // group 2 is under way: on a GPU it may have landed
+#ifdef LRK_CUDA_ON_CPU                                                 // group 2 is under way: on a GPU it may have landed
   for (int i = 8 * kLanes + lane; i < 12 * kLanes; i += kLanes) out[12 * kLanes + i] = shared[i];
 #endif
   __syncwarp();
@@ -319,8 +319,7 @@ __global__ void mistaken_kernel(int mistake, const int* in, int* out) {
         __syncthreads();
       break;
     case 2:  // lanes of one warp in different operations
-      out[t] = t % 2 ? __shfl_xor_sync(~0u, t, 1)
-                     : __shfl_sync(~0u, t, 1);
+      out[t] = t % 2 ? __shfl_xor_sync(~0u, t, 1) : __shfl_sync(~0u, t, 1);
       break;
     case 3:  // a lane outside the mask is read
       out[t] = t % 32 < 16 ? __shfl_sync(0xFFFFu, t, 20) : 0;
@@ -338,7 +337,7 @@ __global__ void mistaken_kernel(int mistake, const int* in, int* out) {
     case 8: out[-1 - t] = 1; break;
     case 9: const_cast<int*>(in)[t] = 1; break;
     case 10: shared[kBlockThreads + t] = 1; break;
-    case 11: out[kBlockThreads - 1] = 1; break;  // within the page: found by the bytes around
+    case 11: out[kBlockThreads - 1] = 1; break;     // within the page: found by the bytes around
     case 12: shared[kBlockThreads - 1] = 1; break;  // likewise
   }
 }
@@ -348,9 +347,10 @@ struct Mistake {
   const char* name;
   int number;
 };
-constexpr Mistake kMistakes[] = {{"barrier-missed", 0}, {"barriers-mixed", 1}, {"warp-mixed", 2},     {"lane-outside-mask", 3},
-                                 {"caller-outside-mask", 4}, {"copy-misaligned", 5}, {"matrix-misaligned", 6}, {"past-the-end", 7},
-                                 {"before-the-start", 8}, {"input-written", 9}, {"past-shared", 10}, {"slack-written", 11},
+constexpr Mistake kMistakes[] = {{"barrier-missed", 0},       {"barriers-mixed", 1},      {"warp-mixed", 2},
+                                 {"lane-outside-mask", 3},    {"caller-outside-mask", 4}, {"copy-misaligned", 5},
+                                 {"matrix-misaligned", 6},    {"past-the-end", 7},        {"before-the-start", 8},
+                                 {"input-written", 9},        {"past-shared", 10},        {"slack-written", 11},
                                  {"shared-slack-written", 12}};
 
 int make_mistake(const std::string& name) {
