@@ -153,7 +153,7 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False) -> AccelerationRe
 
     Source: Hu et al., ICLR 2022, arXiv:2106.09685.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(
             "accelerate_peft: the model has no LoRA layer of PEFT; call peft.get_peft_model(model, LoraConfig(...)) first "
@@ -167,7 +167,7 @@ def accelerate_peft(model: nn.Module, *, strict: bool = False) -> AccelerationRe
         reasons = "; ".join(f"{name}: {reason}" for name, reason in fallback.items())
         raise ValueError(f"accelerate_peft: strict=True, and {len(fallback)} LoRA layers would not run fused: {reasons}")
     for layer in switched.values():
-        layer.__class__ = FusedLinear  # type: ignore[assignment]
+        layer.__class__ = FusedLinear
     return AccelerationReport(tuple(name for name in layers if name not in fallback), fallback)
 
 
@@ -177,7 +177,7 @@ def decelerate_peft(model: nn.Module) -> tuple[str, ...]:
     Returns:
         Names of the layers that were switched back.
     """
-    layers = {name: module for name, module in model.named_modules() if type(module) is FusedLinear}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if type(module) is FusedLinear}
     for layer in layers.values():
-        layer.__class__ = lora.Linear  # type: ignore[assignment]
+        layer.__class__ = lora.Linear
     return tuple(layers)
