@@ -237,21 +237,35 @@ def compression(model, report):
 
 
 @scenario
-def compress_batches(counts, loss, wrapped=None, **options):
+def compress_batches(counts, loss, wrapped=None, trained=False, starts=(0, 100), **options):
     model = model_of()
-    start = 100 * dist.get_rank()
+    start = starts[dist.get_rank()]
     batches = [batch(start + index) for index in range(counts[dist.get_rank()])]
     model = {None: lambda m: m, "ddp": nn.parallel.DistributedDataParallel, "shard": sharded}[wrapped](model)
-    before = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    if trained:
+        train(model, [own(7)])
+        mean_loss(model, own(8)).backward()
+    before = {name: (p.requires_grad, p.grad, p.grad is None or whole(p.grad)) for name, p in model.named_parameters()}
     found = compression(model, compress_(model, batches, loss_fn=globals()[loss], **options))
-    assert {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()} == before
+    for name, parameter in model.named_parameters():
+        flag, grad, value = before[name]
+        assert parameter.requires_grad is flag
+        assert parameter.grad is grad
+        assert grad is None or torch.equal(whole(grad), value)
     assert all(module.training for module in model.modules())
-    return {**found, "trains": train(model, [batch(0)])[0]}
+    if wrapped:
+        train(model, [own(5), own(6)])
+    return {**found, "end": state(model) if wrapped else {}}
 
 
-def compress_alone(batches, loss_fn, **options):
+def compress_alone(batches, loss_fn, trained=False, **options):
     model = model_of()
-    return compression(model, compress_(model, batches, loss_fn=loss_fn, **options))
+    if trained:
+        train(model, [both(7)])
+        mean_loss(model, both(8)).backward()
+    found = compression(model, compress_(model, batches, loss_fn=loss_fn, **options))
+    train(model, [both(5), both(6)])
+    return {**found, "end": state(model)}
 
 
 def check_compression(results, wanted, tolerance=1e-9):
@@ -261,6 +275,8 @@ def check_compression(results, wanted, tolerance=1e-9):
     assert first["report"] == second["report"]
     for name, value in wanted["factors"].items():
         torch.testing.assert_close(strip(first["factors"])[name], value, rtol=0, atol=tolerance, msg=name)
+    for name, value in first.get("end", {}).items():  # and training goes on as in one process
+        torch.testing.assert_close(value, wanted["end"][name], rtol=0, atol=10 * tolerance, msg=f"{name} after training")
     assert [row.name for row in first["report"].layers] == [row.name for row in wanted["report"].layers]
 
 
@@ -284,6 +300,13 @@ def test_sketches_cut_by_each_process_would_not_do():
     parts = compress_alone([batch(0), batch(1)], mean_loss, oversampling=0, iterations=8)
     off = max(float((wanted["factors"][name] - parts["factors"][name]).abs().max()) for name in wanted["factors"])
     assert off > 1e-3
+
+
+def test_it_compresses_again_in_the_middle_of_a_training(processes):
+    wanted = compress_alone([both(0)], mean_loss, trained=True)
+    for wrapped in ("ddp", "shard"):
+        results = processes("compress_batches", counts=[1, 1], loss="mean_loss", wrapped=wrapped, trained=True, starts=[0, 1])
+        check_compression(results, wanted)
 
 
 @pytest.mark.parametrize("counts", [[3, 1], [0, 2]], ids=str)
@@ -550,6 +573,30 @@ def test_fully_shard_trains_as_one_process_on_the_joined_batch(processes, method
     assert found["ranks"] == other["ranks"]
     if base == "float64":
         assert found["ranks"] == str(lrk.rank_report(model))
+
+
+@scenario
+def train_sharded_in_half_precision():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = model_of(dtype=torch.float32)
+    sharded(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    report = compress_(model, [own(0)], loss_fn=mean_loss)
+    start = state(model)
+    train(model, [own(step) for step in range(6)])
+    return {"start": start, "end": state(model), "singular values": [row.singular_values[0] for row in report.layers]}
+
+
+def test_fully_shard_may_compute_in_half_precision(processes):
+    found, other = processes("train_sharded_in_half_precision")
+    model = model_of(dtype=torch.float32)
+    report = compress_(model, [both(0)], loss_fn=mean_loss)
+    wanted = [2 * row.singular_values[0] for row in report.layers]
+    assert found["singular values"] == other["singular values"] == pytest.approx(wanted, rel=0.05)
+    assert same(found["end"], other["end"])
+    for name, parameter in model.named_parameters():
+        assert found["end"][name].dtype == torch.float32
+        assert torch.equal(found["start"][name], found["end"][name]) is not parameter.requires_grad, name
 
 
 @scenario

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .compression import LinearOperator, matched_frames, top_singular_vectors
 from .nn import AdapterLayer
-from .processes import Team, agreed, assign, sharding_team, team_of
+from .processes import Team, agreed, assign, is_sharded, sharding_team, team_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -315,6 +315,10 @@ def _quiet(model: nn.Module, sketches: Iterable[_Sketch]) -> Iterator[None]:
             if isinstance(module, AdapterLayer):
                 stack.enter_context(module.disabled())
         for parameter, flag in wanted:
+            if is_sharded(parameter):  # fully_shard settles in its first pass what it does with those that require gradients
+                stack.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
+                continue
             stack.callback(parameter.requires_grad_, flag)
             parameter.requires_grad_(False)
         for sketch in sketches:
