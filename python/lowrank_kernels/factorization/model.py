@@ -101,7 +101,7 @@ class DeepFactorization(nn.Module):
         self._set(_scales(init_scale, depth), activation)
         sizes = [n, *[width] * (depth - 1), m]
         self.weights = nn.ParameterList(
-            nn.Parameter((scale * _orthogonal(rows, columns, generator)).to(device, dtype))
+            nn.Parameter((scale * _orthogonal(rows, columns, generator)).contiguous().to(device, dtype))
             for scale, rows, columns in zip(self.init_scale, sizes[1:], sizes[:-1], strict=True)
         )
         self.left = self.right = None

@@ -78,7 +78,10 @@ class Recording:
             InputError: a file that is not there, damaged, of another kind or a newer version.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
+            data = np.load(path, allow_pickle=False)
+            if not isinstance(data, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            with data:
                 arrays = {name: data[name] for name in data.files}
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
@@ -223,11 +226,11 @@ class Recorder:
     def observe(self) -> None:
         """Record the present state."""
         run, model = self._run, self._run.model
-        x = model().detach().double()
-        if not bool(torch.isfinite(x).all()):  # train() says so at its next check
+        x, loss = model().detach().double(), float(run.evaluate())
+        if not math.isfinite(loss) or not bool(torch.isfinite(x).all()):  # train() says so at its next check
             return
         s = _singular_values(model, x)
-        record: dict[str, Any] = {"step": self._first + run.steps, "loss": float(run.evaluate())}
+        record: dict[str, Any] = {"step": self._first + run.steps, "loss": loss}
         record["rank"] = int((s > self.rank_tol * s[0]).sum()) if float(s[0]) > 0 else 0
         record["product.singular_values"] = s.cpu().numpy()
         if self._frames:
