@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +138,9 @@ def _peft_lora(setup: Setup) -> Groups:
     """The library itself: its layers, its start, its scale."""
     o, model, peft = setup.options, setup.model, extra("peft", "the method peft-lora")
     config = peft.LoraConfig(r=o["rank"], lora_alpha=o["alpha"], lora_dropout=o["dropout"], target_modules=list(setup.linears))
-    model.encoder = peft.get_peft_model(model.encoder, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers has renamed
+        model.encoder = peft.get_peft_model(model.encoder, config)
     return [{"params": [p for p in model.encoder.parameters() if p.requires_grad], "lr": o["lr"]}]
 
 
