@@ -114,8 +114,8 @@ class Recorder:
             the rank of a fully observed target; without either, or for a model that is not square, linear and of full
             width at its start, those arrays are not kept.
         vectors: how many left and right singular vectors of each layer to keep.
-        twin: a model that is trained beside the recorded one, with the same rate and weight decay: its loss and its distance
-            are kept. It is changed.
+        twin: a model that is trained beside the recorded one, with the same rate, weight decay and optimizer: its loss and
+            its distance are kept. It is changed.
         twin_gamma: gamma of a compressed twin.
         rank_tol: see ``rank``.
 
@@ -187,7 +187,7 @@ class Recorder:
                 learning_rate=run.learning_rate,
                 weight_decay=run.weight_decay,
                 gamma=self.twin_gamma,
-                optimizer=None,
+                optimizer=run.make_optimizer,
                 check=False,
             )
 

@@ -190,7 +190,7 @@ class Descent:
             _check(model, loss, learning_rate, weight_decay, bounded=optimizer is None and (model.left is None or gamma == 0))
         self.model, self.loss = model, loss
         self.learning_rate, self.weight_decay, self.gamma = learning_rate, weight_decay, gamma
-        self.steps = 0
+        self.steps, self.make_optimizer = 0, optimizer
         groups: list[dict[str, Any]] = model.parameter_groups(learning_rate, gamma=gamma, weight_decay=weight_decay)
         self.optimizer = None if optimizer is None else optimizer(groups)
         self._rates = [learning_rate] * model.depth
