@@ -321,6 +321,8 @@ def test_sources_of_gradients():
     assert source(twin, part) == "_Completion"
     assert source(model(), part) == source(model(), full) == source(twin, lambda x: x.sum()) == "function"
     assert source(model(activation="relu").compress(part, 4), part) == "function"
+    half = SquaredLoss(part.target.bfloat16(), part.weights)
+    assert source(model(dtype=torch.bfloat16).compress(half, 4), half) == "function"  # the op is of float32 and float64
     with torch.no_grad():
         twin.left.mul_(1.001)
     assert source(twin, full) == "function"  # the frames are not orthonormal: the k x k matrix does not say it all

@@ -103,9 +103,10 @@ class SquaredLoss:
 
     @property
     def target_rank(self) -> int:
-        """Singular values of the target above 1e-6 (float32) or 1e-10 (float64) of the largest."""
+        """Singular values of the target above 1e-10 of the largest, or above 10 roundings of its dtype."""
         s = self.singular_values
-        return int((s > (1e-10 if self.target.dtype == torch.float64 else 1e-6) * s[0]).sum()) if float(s[0]) else 0
+        share = max(1e-10, 10 * torch.finfo(self.target.dtype).eps)
+        return int((s > share * s[0]).sum()) if float(s[0]) else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         error = x - self.target

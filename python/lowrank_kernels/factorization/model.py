@@ -276,7 +276,7 @@ class DeepFactorization(nn.Module):
         small = product if m >= n else product.t()  # orthonormal columns
         probes = torch.randn(small.shape[1], 4, generator=torch.Generator().manual_seed(0), dtype=small.dtype).to(small.device)
         drift = float((small.t() @ (small @ probes) - probes).abs().max())
-        if not drift < (1e-8 if self.weights[0].dtype == torch.float64 else 1e-3):
+        if not drift < max(1e-8, min(0.1, 1e4 * torch.finfo(self.weights[0].dtype).eps)):
             raise ValueError(
                 f"compress: the model must be at its start, scaled orthogonal factors; it is off by {drift:.2g}: it was "
                 "trained or changed; compress before training"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..entries import MAX_WIDTH
 from ..ops import completion_loss_and_gradients
 from ..solver import Status
 from .losses import Loss, SquaredLoss, layer_gradients, product_gradient
@@ -128,8 +129,10 @@ class _Completion:
 
     @staticmethod
     def serves(model: DeepFactorization, loss: Loss) -> bool:
-        compressed = model.left is not None and model.linear
-        return compressed and isinstance(loss, SquaredLoss) and loss.weights is not None
+        if model.left is None or not model.linear or model.width > MAX_WIDTH:
+            return False
+        masked = isinstance(loss, SquaredLoss) and loss.weights is not None
+        return masked and model.left.dtype in (torch.float32, torch.float64)
 
     def __call__(self) -> tuple[Tensor, list[Tensor | None]]:
         left, core, right = self.model.compressed_factors()
