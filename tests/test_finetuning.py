@@ -377,7 +377,7 @@ def test_a_whole_table(stsb, model_folder, tmp_path):
     runs = [json.loads(path.read_text()) for path in (out / "runs").iterdir()]
     assert len(runs) == 2 * 2 * (1 + 2 + 2)
     text = (out / "table.md").read_text()
-    for head in ("pearson", "spearman", "rank of update"):
+    for head in ("pearson", "spearman", "update rank"):
         assert head in text
     assert "LoRA of PEFT, rank 4, lr 0.01" in text
     table = json.loads((out / "table.json").read_text())

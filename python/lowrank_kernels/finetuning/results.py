@@ -215,7 +215,7 @@ def spread(row: Row, name: str) -> str:
     return f"{mean:.3f}" if std is None else f"{mean:.3f} ± {std:.3f}"
 
 
-HEADER = ("method", "n", "steps", "seeds", "rank of update", "stable", "moved", "s1(Δ)/s1(W)", "trained", "ms a step")
+HEADER = ("method", "n", "steps", "seeds", "update rank", "stable", "moved", "s1(Δ)/s1(W)", "trained", "ms a step")
 
 
 def cells(made: Sequence[Row], measures: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -17,6 +17,7 @@ from .command import QUICK, Request, Watch, finish, prepare, work
 from .training import Run, Settings
 
 SETTINGS = ("head", "batch", "head_lr", "max_length", "eval_every", "base_dtype")
+WIDE = ("steps", "stable", "s1(Δ)/s1(W)", "trained")  # columns of table.md that a terminal has no room for
 GRID = ("rank", "lr", "depth", "gamma")
 
 
@@ -140,17 +141,18 @@ def minutes(seconds: float) -> str:
 
 
 def print_table(rows: list[results.Row], folder: results.Folder) -> None:
-    """The table of all runs of the folder on the terminal."""
+    """The table of all runs of the folder on the terminal, without its less important columns."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     header, body = results.cells(rows, folder.measures)
+    shown = [i for i, name in enumerate(header) if name not in WIDE]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in header:
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+    for i in shown:
+        table.add_column(header[i], justify="left" if i == 0 else "right", overflow="fold", no_wrap=i > 0)
     for line in body:
-        table.add_row(*(Text(cell, style="red" if "diverged" in cell else "") for cell in line))
+        table.add_row(*(Text(line[i], style="red" if "diverged" in line[i] else "") for i in shown))
     console = Console(highlight=False)
     console.print(table)
     console.print(f"dev: {Path(str(folder.configuration['dev'][0])).name}, {folder.configuration['dev'][2]:,} examples")
