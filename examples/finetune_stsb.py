@@ -2,9 +2,9 @@
 
 python examples/finetune_stsb.py --data FOLDER --out out/finetune_stsb [--quick]
 
-FOLDER holds sts-train.csv and sts-dev.csv. Two to three hours on 2 CPU cores without bfloat16 instructions; what is finished in --out is not made again, so it
-can be stopped at any time. The report, docs/finetuning.md with its figures, comes from the JSON results alone; --quick makes
-everything tiny and keeps the report in --out.
+FOLDER holds sts-train.csv and sts-dev.csv. Two to three hours on 2 CPU cores without bfloat16 instructions; what is finished
+in --out is not made again, so it can be stopped at any time. The report, docs/finetuning.md with its figures, comes from the
+JSON results alone; --quick makes everything tiny and keeps the report in --out.
 """
 
 from __future__ import annotations
