@@ -95,7 +95,7 @@ def test_a_method_of_that_name_by_another_is_not_replaced(monkeypatch):
         ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
         (
             {"target_modules": "all-linear", "layers_to_transform": [0]},
-            "layers_to_transform .* as a list of names, got 'all-linear'",
+            "layers_to_transform .*a list of names, got 'all-linear'",
         ),
     ],
 )
@@ -180,6 +180,14 @@ def test_unmerging_is_exact_through_peft(dtype):
         model.unmerge_adapter()
         assert torch.equal(model(IDS).logits, wanted)
     assert all(bits(a, b) for a, b in zip(model.unload().state_dict().values(), base.state_dict().values(), strict=True))
+
+
+def test_merging_while_disabled_is_refused():
+    model = wrapped()
+    with model.disable_adapter():
+        with pytest.raises(ValueError, match="merge: the adapters are disabled"):
+            model.merge_adapter()
+        assert torch.equal(model(IDS).logits, bert()(IDS).logits)
 
 
 def test_merge_understands_both_interfaces():

@@ -282,8 +282,11 @@ class AdapterLayer(nn.Module):
         What is merged already is skipped with a warning.
 
         Raises:
-            ValueError: an update or the merged weight is not finite, or the weight is sharded; nothing was changed.
+            ValueError: an update or the merged weight is not finite, the weight is sharded, or the adapters are disabled;
+                nothing was changed.
         """
+        if not self._enabled:
+            raise ValueError("merge: the adapters are disabled, and the layer computes what its base does; enable them first")
         wanted = self._active if names is None else self._names("merge", names)
         new = tuple(name for name in wanted if name not in self._merged)
         weight = self.weight
