@@ -331,6 +331,25 @@ FILES = {
 }
 
 
+@pytest.mark.parametrize(("status", "passes"), [(0, True), (5, True), (1, False)], ids=["right", "no-sanitizer", "wrong"])
+def test_kernels_pass_without_a_sanitizer_and_bring_their_logs(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, passes: bool
+) -> None:
+    monkeypatch.setattr(gpu, "WORK", tmp_path / "work")
+    script = tmp_path / "on_gpu"
+    script.write_text(f"#!/bin/sh\necho details > $1/memcheck.log\necho kernels: the last step\nexit {status}\n")
+    script.chmod(0o755)
+    state = gpu.Run(tmp_path)
+    state.machine.has_gpu = True
+    monkeypatch.setattr(state, "command", lambda _, folder: [str(script), folder])
+    if passes:
+        assert gpu.kernels_part(state, 20.0) == "kernels: the last step"
+    else:
+        with pytest.raises(importlib.import_module("bench.children").Failed, match="exit status 1: kernels: the last step"):
+            gpu.kernels_part(state, 20.0)
+    assert (tmp_path / "kernels.log").read_text().split("\n") == ["kernels: the last step", "", "details", ""]
+
+
 @pytest.fixture
 def suite(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """A project whose test files are those named of FILES."""
