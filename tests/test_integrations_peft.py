@@ -182,6 +182,25 @@ def test_unmerging_is_exact_through_peft(dtype):
     assert all(bits(a, b) for a, b in zip(model.unload().state_dict().values(), base.state_dict().values(), strict=True))
 
 
+def test_adding_to_a_merged_model_unmerges_it_as_peft_does(tmp_path):
+    model = wrapped(target_modules=["query"])
+    wanted = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="add_adapter: unmerging default first"):
+        model.load_adapter(tmp_path, "again")
+    assert model.get_model_status().merged_adapters == []
+    assert torch.equal(model(IDS).logits, wanted)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="nothing to do, default already merged"):
+        model.merge_adapter()
+    with pytest.warns(UserWarning, match="load_state_dict: unmerging"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(IDS).logits, wanted)
+    with peft.helpers.disable_input_dtype_casting(model):
+        assert torch.equal(model(IDS).logits, wanted)
+
+
 def test_merging_while_disabled_is_refused():
     model = wrapped()
     with model.disable_adapter():

@@ -555,6 +555,7 @@ def _register() -> None:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
         PeftType._member_names_.append(name)
+        getattr(PeftType, "_hashable_values_", []).append(name)  # what `in` looks at from Python 3.13
         PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
         type.__setattr__(PeftType, name, member)
     owner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[name])
