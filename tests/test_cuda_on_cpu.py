@@ -37,7 +37,7 @@ def _pairs() -> ThreadPoolExecutor:
 @pytest.mark.parametrize("flavour", ["plain", pytest.param("asan", marks=x86_only)])
 def test_primitives_obey_the_formulas(flavour: str) -> None:
     binary = driver.build_self_test(flavour)
-    for schedule in driver.SCHEDULES:
+    for schedule in driver.SCHEDULES if flavour == "plain" else ("ahead",):
         done = subprocess.run([binary, "--schedule", schedule], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, "0 wrong\n"), done.stdout + done.stderr
 
@@ -132,12 +132,13 @@ def _few() -> list[CompletionRun | ThreeFactorRun]:
             key: object = (case.dtype, segments, min(max(case.k - 1, 0) // 16, 3), case.k > 128)
         else:
             tensor = case.dtype.itemsize == 2 and case.n % 8 == case.m % 8 == 0 and run.x_gap % 8 == run.shift == 0
-            size = (case.k + 32) * (case.n + case.m + 16) * max(run.tokens, 64)
             if min(case.n, case.m, run.tokens) < 2 or run.wanted != (True, True, True, True):
                 continue
             width = max(16, 1 << (case.k - 1).bit_length()) if tensor else 0
             fused = tensor and 2 * run.tokens * case.m > driver.FUSED_BYTES
-            key = (case.dtype, width, fused and width == 16, bool(case.depth))
+            depth = case.depth or 0
+            size = (case.k + 32) * (case.n + case.m + 16) * max(run.tokens, 64) + depth * case.k**3 // 8
+            key = (case.dtype, width, fused and width == 16, depth > 0 and width <= 64)
         groups.setdefault(key, []).append((size, run))
     return [min(group, key=lambda pair: pair[0])[1] for group in groups.values()]
 

@@ -143,8 +143,8 @@ def _runs() -> dict[str, list[CompletionRun | ThreeFactorRun]]:
     half = HALVES[1]
     three: list[CompletionRun | ThreeFactorRun] = [
         ThreeFactorRun(ThreeFactorCase(130, 72, 264, 7, depth=2, dropout_p=0.1, **half)),  # dy read once
-        ThreeFactorRun(ThreeFactorCase(65, 776, 72, 16, depth=3, dropout_p=0.1, **half)),
-        ThreeFactorRun(ThreeFactorCase(65, 776, 72, 40, depth=1, **half)),
+        ThreeFactorRun(ThreeFactorCase(33, 776, 72, 16, depth=3, dropout_p=0.1, **half)),
+        ThreeFactorRun(ThreeFactorCase(33, 776, 72, 40, depth=1, **half)),
         ThreeFactorRun(ThreeFactorCase(65, 100, 71, 20, depth=3, dropout_p=0.1)),
     ]
     completion: list[CompletionRun | ThreeFactorRun] = []

@@ -319,7 +319,10 @@ __global__ void mistaken_kernel(int mistake, const int* in, int* out) {
         __syncthreads();
       break;
     case 2:  // lanes of one warp in different operations
-      out[t] = t % 2 ? __shfl_xor_sync(~0u, t, 1) : __shfl_sync(~0u, t, 1);
+      if (t % 2)
+        out[t] = __shfl_xor_sync(~0u, t, 1);
+      else
+        out[t] = __shfl_sync(~0u, t, 1);
       break;
     case 3:  // a lane outside the mask is read
       out[t] = t % 32 < 16 ? __shfl_sync(0xFFFFu, t, 20) : 0;
