@@ -14,6 +14,7 @@ from lowrank_kernels.finetuning.results import Row, markdown, number, spread
 MEASURE = "pearson"
 COMPARED = ("head", "lora-paper", "peft-lora", "loraplus", "deeplora", "randlora")
 SWEPT = ("lora-paper", "peft-lora", "deeplora")  # over the ranks
+SCHEDULE_WORDS = {"constant": "constant rates", "linear": "rates that fall to zero in a line"}
 CHANGED = ("gamma", "init_scale", "adam_eps", "outer", "depth")  # one at a time
 
 
@@ -21,7 +22,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
     """``docs/finetuning.md`` and its figures; returns the files."""
     cross, few = (results.Folder(out / name) for name in ("cross", "few_shot"))
     machine, times = results.read_json(out / "machine.json"), results.read_json(out / "step_time.json")
-    rows, shots = results.rows(cross.results()), results.rows(few.results())
+    rows, shots = (results.rows(with_schedule(folder, machine["schedule"])) for folder in (cross, few))
     main = again(row for row in rows if row.method in COMPARED and default_but(row, "lr"))
     swept = again(row for row in rows if row.method in SWEPT and default_but(row, "rank"))
     ablated = again(row for row in rows if row.method.startswith("deeplora") and default_but(row, *CHANGED))
@@ -74,7 +75,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
             table(sorted(ablated, key=lambda row: not default_but(row) or row.method != "deeplora")),
             None,
         ),
-        footing(cross, few),
+        footing(rows + shots),
     ]
     report = docs / "finetuning.md"
     text = "\n".join(part.strip() + "\n" for part in parts if part)
@@ -89,6 +90,11 @@ def default_but(row: Row, *free: str) -> bool:
     """Whether the row has its method's defaults, but for these options."""
     defaults = results.METHODS[row.method].defaults
     return all(row.options[name] == value for name, value in defaults.items() if name not in free)
+
+
+def with_schedule(folder: results.Folder, schedule: str) -> list[results.Result]:
+    """The results of a folder with one schedule: it may hold both."""
+    return [result for result in folder.results() if result["run"]["schedule"] == schedule]
 
 
 def again(rows: Iterable[Row]) -> list[Row]:
@@ -198,8 +204,8 @@ def heading(machine: dict[str, Any], folder: results.Folder) -> str:
 {quick}
 MiniLM (22.7 M parameters, 6 layers; all 36 linear layers adapted) on the STS Benchmark: {c["train"][2]:,} training pairs of
 which samples are drawn by the seed; Pearson and Spearman correlation on all {c["dev"][2]:,} dev pairs after the last step.
-All methods of a seed share sample, head, batches of {c["batch"]}, dropout masks, number of steps and a constant rate; the
-head's rate is {c["head_lr"]:g}. The rates are the methods' defaults, not tuned on these runs; of PEFT's LoRA there are four,
+All methods of a seed share sample, head, batches of {c["batch"]}, dropout masks, number of steps and schedule
+({SCHEDULE_WORDS[machine["schedule"]]}); the head's rate is {c["head_lr"]:g}. The rates are the methods' defaults, not tuned on these runs; of PEFT's LoRA there are four,
 and "best" is the best by hindsight. Frozen layers in {c["base_dtype"]}, threads:
 {machine["threads"]} ({machine["processor"]}), torch {machine["torch"]}.
 
@@ -268,7 +274,7 @@ def timing_table(times: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
     return header, body
 
 
-def footing(*folders: results.Folder) -> str:
-    found = [result for folder in folders for result in folder.results()]
+def footing(rows: Sequence[Row]) -> str:
+    found = [result for row in rows for result in row.results]
     hours = sum(result["step_seconds"].get("total", 0.0) for result in found) / 3600
     return f"## Footing\n\n{len(found)} runs, {hours:.1f} hours of steps. Standard deviations are over the seeds (n - 1).\n"

