@@ -205,9 +205,10 @@ def heading(machine: dict[str, Any], folder: results.Folder) -> str:
 MiniLM (22.7 M parameters, 6 layers; all 36 linear layers adapted) on the STS Benchmark: {c["train"][2]:,} training pairs of
 which samples are drawn by the seed; Pearson and Spearman correlation on all {c["dev"][2]:,} dev pairs after the last step.
 All methods of a seed share sample, head, batches of {c["batch"]}, dropout masks, number of steps and schedule
-({SCHEDULE_WORDS[machine["schedule"]]}); the head's rate is {c["head_lr"]:g}. The rates are the methods' defaults, not tuned on these runs; of PEFT's LoRA there are four,
-and "best" is the best by hindsight. Frozen layers in {c["base_dtype"]}, threads:
-{machine["threads"]} ({machine["processor"]}), torch {machine["torch"]}.
+({SCHEDULE_WORDS[machine["schedule"]]}); the head's rate is {c["head_lr"]:g}. The rates are the methods' defaults, not tuned
+on these runs; of PEFT's LoRA there are four, and "best" is the best by hindsight.
+
+Frozen layers in {c["base_dtype"]}, threads: {machine["threads"]} ({machine["processor"]}), torch {machine["torch"]}.
 
 Made by one command, from its JSON results alone:
 
