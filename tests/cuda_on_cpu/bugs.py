@@ -121,7 +121,7 @@ def reduced(name: str, text: str) -> str:
     return text
 
 
-def build(bug: Bug | None, folder: Path, flavour: str | None = None) -> Path:
+def build(bug: Bug | None, folder: Path) -> Path:
     """The driver with reduced kernels and the bug in them, if any."""
     copy = folder / (str(bug) if bug else "none")
     copy.mkdir()
@@ -131,12 +131,12 @@ def build(bug: Bug | None, folder: Path, flavour: str | None = None) -> Path:
     for name in _REDUCTIONS:
         (copy / name).write_text(reduced(name, (copy / name).read_text()))
     if bug is None:
-        return driver.build(flavour or "quick", copy)
+        return driver.build("quick", copy, jobs=1)
     path = copy / bug.file
     text = path.read_text()
     path.write_text(bug.edit(text))
     changed = "completion_cuda.cu" if bug.file.startswith("completion") else "three_factor_cuda.cu"
-    return driver.build(bug.flavour, copy, changed)
+    return driver.build(bug.flavour, copy, changed, jobs=1)
 
 
 def _runs() -> dict[str, list[CompletionRun | ThreeFactorRun]]:

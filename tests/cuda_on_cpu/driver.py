@@ -94,11 +94,11 @@ def _object(source: Path, flavour: str, csrc: Path) -> Path:
     return _cached(f"{source.stem}-{flavour}.o", [*command, "-c", source], contents)
 
 
-def build(flavour: str, csrc: Path = CSRC, changed: str | None = None) -> Path:
+def build(flavour: str, csrc: Path = CSRC, changed: str | None = None, jobs: int = 2) -> Path:
     """The driver. ``csrc`` may be a changed copy; only its file ``changed`` is then compiled anew."""
     sources = [(HERE / "scheduler.cpp", CSRC), (HERE / "driver.cpp", CSRC)]
     sources += [(folder / name, folder) for name in KERNELS for folder in [csrc if changed in (None, name) else CSRC]]
-    with ThreadPoolExecutor(1 if changed else 2) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda pair: _object(pair[0], flavour, pair[1]), sources))
     return _link("driver", flavour, objects)
 
