@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml
 OUT ?= out/gpu
-CLANG_FORMAT_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+CLANG_FORMAT_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
 
 .PHONY: dev demo test lint format bench gpu clean
 
