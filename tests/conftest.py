@@ -10,6 +10,17 @@ import torch
 from lowrank_kernels import _native
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where there is a GPU that the kernels run on."""
+    if torch.cuda.is_available():
+        reason = _native.gpu_reason(torch.cuda.current_device())
+    else:
+        reason = f"no GPU that torch can use: {_native.cuda_info()['reason'] or 'torch was built without CUDA'}"
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def restored_settings() -> Iterator[None]:
     level = _native._C.simd_level() if _native.has_cpu() else None

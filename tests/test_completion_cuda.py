@@ -13,13 +13,7 @@ from lowrank_kernels import _native
 from lowrank_kernels.entries import LONG_ROW
 from lowrank_kernels.testing import COMPLETION_CASES, CompletionCase, CompletionProblem, check
 
-if not _native.has_cuda():
-    _REASON = "the native module was built without CUDA"
-elif not torch.cuda.is_available():
-    _REASON = f"no GPU that torch can use: {_native.cuda_info()['reason'] or 'torch was built without CUDA'}"
-else:
-    _REASON = ""
-pytestmark = pytest.mark.skipif(bool(_REASON), reason=_REASON)
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 WIDTHS = [1, 3, 8, 10, 16, 31, 64, 100, 130, 1024]

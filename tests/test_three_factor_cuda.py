@@ -8,18 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_kernels import _native, reference
+from lowrank_kernels import reference
 from lowrank_kernels.ops.three_factor import three_factor_linear
 from lowrank_kernels.reference.three_factor import dropout_mask
 from lowrank_kernels.testing import DTYPES, SHORT, THREE_FACTOR_CASES, ThreeFactorCase, check
 
-if not _native.has_cuda():
-    _REASON = "the native module was built without CUDA"
-elif not torch.cuda.is_available():
-    _REASON = f"no GPU that torch can use: {_native.cuda_info()['reason'] or 'torch was built without CUDA'}"
-else:
-    _REASON = ""
-pytestmark = pytest.mark.skipif(bool(_REASON), reason=_REASON)
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 Results = dict[str, Tensor]
