@@ -523,6 +523,25 @@ def test_compress_uses_the_loss_whatever_it_is():
             assert float((a - b @ (b.t() @ a)).detach().norm()) < 1e-4  # randomized: the gradients are of full rank
 
 
+def test_the_papers_bound_on_the_twins_distance_needs_a_small_rate():
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.nn.functional.normalize(torch.randn(12, generator=generator).double(), dim=0) for _ in range(2))
+    loss = SquaredLoss(0.5 * torch.outer(u, v))
+
+    def largest_distance(learning_rate: float, init_scale: tuple[float, float]) -> float:
+        model = DeepFactorization(2, 12, init_scale=init_scale, generator=generator)
+        twin, distances = model.compress(loss, rank=2), []
+        for _ in range(60):
+            for each in (model, twin):
+                train(each, loss, learning_rate=learning_rate, steps=1, check=False)
+            distances.append((model() - twin()).norm().item())
+        assert loss(model()).item() < 1e-3
+        return max(distances) / (10**0.5 * math.prod(init_scale))
+
+    assert largest_distance(1.0, (0.1, 1.5)) == pytest.approx(1.65, abs=0.05)
+    assert largest_distance(0.8, (0.1, 1.5)) <= 1 + 1e-12  # eta (lam + 1.5^2) <= 2
+
+
 def test_compress_of_a_rectangular_model_is_the_authors():
     loss = SquaredLoss(target(8, n=12))
     m = DeepFactorization(3, (8, 12), init_scale=0.1, generator=generator())

@@ -247,7 +247,10 @@ class DeepFactorization(nn.Module):
 
         Returns:
             A compressed :class:`DeepFactorization` with the same activation. With a fully observed square target of rank
-            r <= rh, gradient descent on both keeps ``|X - X_hat|_F = sqrt(d - 2 rh) prod rho_l(t)`` (Proposition 2.2).
+            r <= rh, gradient descent on both keeps ``|X - X_hat|_F = sqrt(d - 2 rh) prod rho_l(t)``. That this is at most its
+            start, the bound of Proposition 2.2, needs a rate at which no ``|rho_l|`` grows: for one,
+            ``eta (lam + prod_{k != l} eps_k^2) <= 2``. At L = 2, eps = (0.1, 1.5), eta = 1, s_1 = 0.5 descent converges and
+            passes the bound 1.6-fold on the way.
 
         Raises:
             ValueError: a model that is not full-width, or not at its start; an odd rank, one above ``min(m, n)``, or one
