@@ -100,11 +100,16 @@ def _head(setup: Setup) -> Groups:
     return []
 
 
-def _deep(setup: Setup, compressed: bool) -> Groups:
+def _adapted(setup: Setup, **options: Any) -> nn.Module:
+    """The encoder with adapters of this package in all its linears."""
     o, encoder = setup.options, setup.model.encoder
-    adapt(
-        encoder, o["rank"], o["depth"], list(setup.linears), init_scale=o["init_scale"], dropout=o["dropout"], seed=setup.seed
-    )
+    adapt(encoder, o["rank"], target_modules=list(setup.linears), dropout=o["dropout"], seed=setup.seed, **options)
+    return encoder
+
+
+def _deep(setup: Setup, compressed: bool) -> Groups:
+    o = setup.options
+    encoder = _adapted(setup, depth=o["depth"], init_scale=o["init_scale"])
     if compressed:
         compress_(encoder, setup.loss, seed=setup.seed)
     reference = o["reference_rank"] or None
@@ -112,21 +117,15 @@ def _deep(setup: Setup, compressed: bool) -> Groups:
 
 
 def _lora(setup: Setup) -> Groups:
-    o, encoder = setup.options, setup.model.encoder
-    adapt(
-        encoder, o["rank"], target_modules=list(setup.linears), method="lora",
-        alpha=o["alpha"], dropout=o["dropout"], seed=setup.seed,
-    )  # fmt: skip
+    o = setup.options
+    encoder = _adapted(setup, method="lora", alpha=o["alpha"])
     return parameter_groups(encoder, o["lr"], loraplus_ratio=o.get("ratio"))
 
 
 def _paper_lora(setup: Setup) -> Groups:
     """The paper's code: the factor on the output side is N(0, 1), the one on the input side zero, and alpha / r = 1."""
-    o, encoder = setup.options, setup.model.encoder
-    adapt(
-        encoder, o["rank"], target_modules=list(setup.linears), method="lora",
-        alpha=float(o["rank"]), dropout=o["dropout"], seed=setup.seed,
-    )  # fmt: skip
+    o = setup.options
+    encoder = _adapted(setup, method="lora", alpha=float(o["rank"]))
     generator = torch.Generator().manual_seed(setup.seed)
     for layer in adapter_layers(encoder).values():
         right = torch.zeros(o["rank"], layer.matrix_shape[1])
@@ -145,12 +144,8 @@ def _peft_lora(setup: Setup) -> Groups:
 
 
 def _randlora(setup: Setup) -> Groups:
-    o, encoder = setup.options, setup.model.encoder
-    adapt(
-        encoder, o["rank"], target_modules=list(setup.linears), method="randlora",
-        alpha=o["alpha"], dropout=o["dropout"], seed=setup.seed,
-    )  # fmt: skip
-    return parameter_groups(encoder, o["lr"])
+    o = setup.options
+    return parameter_groups(_adapted(setup, method="randlora", alpha=o["alpha"]), o["lr"])
 
 
 class FullWidthLinear(nn.Module):
