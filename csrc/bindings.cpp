@@ -136,7 +136,7 @@ struct ThreeFactorArguments {  // what both directions of the three-factor op sh
   std::uintptr_t x;
   int64_t x_stride;
   std::uintptr_t left, core, right;
-  double scale;
+  double scale, shift;
   int drop_threshold;
   std::uintptr_t seed;
 };
@@ -160,6 +160,7 @@ Parameters three_factor(const ThreeFactorArguments& a) {
   p.core = pointer<const void>(a.core, a.depth, "three_factor_linear: core");
   p.right = pointer<const void>(a.right, a.in_features, "three_factor_linear: right");
   p.scale = a.scale;
+  p.shift = a.shift;
   p.drop_threshold = a.drop_threshold;
   p.seed = pointer<const int64_t>(a.seed, a.drop_threshold, "three_factor_linear: seed");
   return p;
@@ -298,9 +299,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<ThreeFactorArguments>(m, "ThreeFactorArguments")
       .def(py::init([](int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank, int64_t depth, int type,
                        int factor_type, std::uintptr_t x, int64_t x_stride, std::uintptr_t left, std::uintptr_t core,
-                       std::uintptr_t right, double scale, int drop_threshold, std::uintptr_t seed) {
+                       std::uintptr_t right, double scale, double shift, int drop_threshold, std::uintptr_t seed) {
         return ThreeFactorArguments{tokens,   in_features, out_features, rank,  depth, type,           factor_type, x,
-                                    x_stride, left,        core,         right, scale, drop_threshold, seed};
+                                    x_stride, left,        core,         right, scale, shift, drop_threshold, seed};
       }));
   m.attr("max_rank") = lrk::kMaxRank;
   m.def("three_factor_forward_cpu", [](const ThreeFactorArguments& a, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t z,

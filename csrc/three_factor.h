@@ -1,6 +1,6 @@
 // three_factor.h: the low-rank update of a linear layer; the base products stay with the vendor's BLAS.
 //
-//   forward   z1 = drop(x) R^T,  z2 = s z1 C^T,  y0 = bias + z2 L^T             C = core[L-1] ... core[0], or the identity
+//   forward   z1 = drop(x) R^T,  z2 = s z1 C^T,  y0 = bias + z2 L^T             C = core[L-1] ... core[0] - shift I; no core: I
 //   backward  g2 = dy L,         g1 = s g2 C,    dx0 = drop'(g1 R)
 //             dL = dy^T z2,      dR = g1^T drop(x),      dC = s g2^T z1,  dcore[l] by the chain rule
 //
@@ -34,6 +34,7 @@ struct ThreeFactor {
   const void* core;        // (L, K, K); null when depth == 0
   const void* right;       // (K, N)
   double scale;            // s
+  double shift;            // subtracted from the diagonal of the product of the cores; 0 when depth == 0
   int32_t drop_threshold;  // 0: no dropout; 65536: everything is dropped
   const int64_t* seed;     // one number in the memory of the device; null without dropout
 };

@@ -35,7 +35,7 @@ template <typename A>
 struct Core {  // (K, K) matrices as rows of `width`, padded to a multiple of 12 rows
   int64_t rank, width, size;
   A* layers;    // (L, ...)
-  A* prefixes;  // (L, ...): prefixes[l] = core[l] ... core[0]
+  A* prefixes;  // (L, ...): prefixes[l] = core[l] ... core[0]; the last one minus the shift: C
   A* scratch;   // (2, ...)
   A* product() const { return prefixes; }
   A* at(A* matrices, int64_t index) const { return matrices + index * size; }
@@ -72,6 +72,9 @@ void make_core(const Core<A>& core, const ThreeFactor& p) {
     }
     core_times(core, prefix, layer, core.at(core.prefixes, l - 1));
   }
+  if (p.shift == 0 || p.depth == 0) return;
+  A* const last = core.at(core.prefixes, p.depth - 1);
+  for (int64_t r = 0; r < core.rank; ++r) last[r * core.width + r] -= A(p.shift);
 }
 
 // dcore[l] = (C_L ... C_{l+1})^T dC (C_{l-1} ... C_1)^T; `grad` is dC^T, kept transposed so that nothing else must be

@@ -192,6 +192,7 @@ Prologue<F, T> tensor_prologue(const ThreeFactor& p, const TensorWork<T>& w, boo
   job.depth = int(p.depth);
   job.rank = int(p.rank);
   job.width = width;
+  job.shift = static_cast<Sum<T>>(p.shift);
   job.matrix_blocks = p.depth > 0 ? width : 0;
   job.factor[0] = {static_cast<const F*>(p.left), w.left, left ? p.out_features : 0, p.rank, width, false};
   job.factor[1] = {static_cast<const F*>(p.right), w.right, right ? p.in_features : 0, p.rank, width, true};
@@ -373,6 +374,7 @@ void plain_prologue(const ThreeFactor& p, const PlainWork<S>& w, const S*& left,
   job.matrix = w.matrix;
   job.depth = int(p.depth);
   job.rank = job.width = int(p.rank);
+  job.shift = static_cast<S>(p.shift);
   job.matrix_blocks = p.depth > 0 ? p.rank : 0;
   left = static_cast<const S*>(p.left);
   right = static_cast<const S*>(p.right);

@@ -111,6 +111,7 @@ struct Prologue {
   To* matrix;     // (width, width): C, or C^T if transposed, zeros beyond K; or null
   bool transposed;
   int depth, rank, width;
+  Sum<To> shift;               // subtracted from the diagonal of C
   int64_t matrix_blocks;       // one a row of `matrix`; the other blocks share the copies
   Copy<F, To> factor[2];       // no rows: nothing to copy
   Copy<Sum<To>, To> products;  // z1 and z2
@@ -149,7 +150,8 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Prologue<F, To
     }
   }
   for (int k = threadIdx.x; k < p.width; k += kThreads)
-    p.matrix[p.transposed ? k * p.width + i : i * p.width + k] = static_cast<To>(i < p.rank && k < p.rank ? row[k] : S(0));
+    p.matrix[p.transposed ? k * p.width + i : i * p.width + k] =
+        static_cast<To>(i < p.rank && k < p.rank ? row[k] - (k == i ? p.shift : S(0)) : S(0));
 }
 
 // ---- tensor cores

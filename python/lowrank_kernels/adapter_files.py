@@ -6,7 +6,7 @@ replaces both. Nothing that is read is ever executed.
 
 :func:`export_lora` writes the folder of PEFT. A trained update is a plain LoRA of the same rank:
 
-    delta = scale * left @ core[L-1] @ ... @ core[0] @ right = b @ a,    a = core_product @ right,  b = scale * left
+    delta = scale * left @ (core[L-1] @ ... @ core[0] - shift I) @ right = b @ a,    a = (...) @ right,  b = scale * left
 
 so that PEFT's factor ``lora_alpha / r`` is 1. Deep LoRA ends with few singular values (:func:`shrink_factors` finds them in
 the k x k core): the shrunk LoRA is smaller, and differs by what it says.
@@ -194,7 +194,7 @@ def _wide(function: str, factors: Factors) -> tuple[torch.dtype, Tensor, Tensor,
     left, core, right = (None if value is None else value.detach().cpu().double() for value in factors[:3])
     assert left is not None
     assert right is not None
-    return torch.float64 if factors.left.dtype == torch.float64 else torch.float32, left, right, core_product(core)
+    return torch.float64 if factors.left.dtype == torch.float64 else torch.float32, left, right, core_product(core, factors.shift)
 
 
 def _check_finite(function: str, kind: str, value: Tensor | None) -> None:
@@ -556,8 +556,9 @@ def _differences(layer: AdapterLayer, adapter: str, info: AdapterInfo) -> Iterat
         yield f"has {', '.join(layer.merged_adapters)} merged; call unmerge() first"
     own = {"method": layer.method, **layer.adapters[adapter].options}
     theirs = {"method": info.method, **info.options}
-    differing = [key for key in theirs if own.get(key) != theirs[key] and key not in ("init_scale", "dropout")]
-    if differing:  # the two left out say how to train, not what was learnt
+    how = ("dropout", "init_scale") if info.mode == "paper" else ("dropout",)
+    differing = [key for key in theirs if own.get(key) != theirs[key] and key not in how]
+    if differing:  # those left out say how to train, not what was learnt
         words = ", ".join(f"{key} {theirs[key]}, not {own.get(key)}" for key in differing)
         yield f"was saved with {words}; delete_adapter(model, {adapter!r}) first, or load it under another name"
 

@@ -95,7 +95,8 @@ def adapt(
     exclude_modules: Pattern | None = None,
     modules_to_train: Pattern = (),
     adapter: str = "default",
-    init_scale: float = 1e-3,
+    mode: str | None = None,
+    init_scale: float | None = None,
     alpha: float | None = None,
     scale: float = 1.0,
     dropout: float = 0.0,
@@ -106,11 +107,11 @@ def adapt(
 ) -> AdaptReport:
     r"""Freeze a model and put trainable low-rank layers in the place of the layers it targets.
 
-    .. math:: W \to W + scale \cdot left \; core_{depth-1} \cdots core_0 \; right
+    .. math:: W \to W + scale \cdot left \; (core_{depth-1} \cdots core_0 - \tau I) \; right
 
     Args:
         model: changed in place; any ``nn.Module`` that holds the targeted layers (it cannot be one of them itself).
-        rank: inner width of every adapter, at most the smaller side of its layer; even if ``compress_`` is to be used.
+        rank: inner width of every adapter, at most the smaller side of its layer; even for the paper's ``compress_``.
         depth: number of cores, for ``method="deeplora"``.
         target_modules: ``"all-linear"``: every ``nn.Linear`` and Hugging Face ``Conv1D`` but the output embedding, where the
             model names it (``get_output_embeddings``); a list of names or ends of names; or one regular expression that
@@ -119,7 +120,10 @@ def adapt(
         exclude_modules: the same, of layers to leave alone, or of modules to leave alone with all that is inside.
         modules_to_train: the same, of modules that are trained in full beside the adapters, such as a new head.
         adapter: name of the adapter; a second name adds a second adapter to the model, and makes it the active one.
-        init_scale: every core starts as ``init_scale`` times the identity.
+        mode: for ``"deeplora"``: ``"aligned"``, the default, starts the update at zero (tau = ``init_scale^depth``) where its
+            gradient is large; ``"paper"`` starts it as the paper does, tiny and on a plateau (tau = 0).
+        init_scale: for ``"deeplora"``: every core starts as ``init_scale`` times the identity; default by mode and depth, see
+            :class:`~lowrank_kernels.nn.DeepLoRALinear`.
         alpha: for ``"lora"`` and ``"randlora"``: the scale is ``alpha / rank``; default their own.
         scale: for ``"deeplora"``.
         dropout: probability with which entries of the layer's input are dropped on the adapter's path, in training.
@@ -160,6 +164,9 @@ def adapt(
         raise ValueError(f"adapt: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if method == "deeplora" and alpha is not None:
         raise ValueError(f"adapt: alpha belongs to method='lora', got alpha={alpha} with method='deeplora'; use scale")
+    if method != "deeplora" and (mode is not None or init_scale is not None):
+        name, value = ("mode", mode) if mode is not None else ("init_scale", init_scale)
+        raise ValueError(f"adapt: {name} belongs to method='deeplora', got {name}={value!r} with method={method!r}")
     if method != "deeplora" and scale != 1.0:
         raise ValueError(f"adapt: scale belongs to method='deeplora', got scale={scale} with method={method!r}; use alpha")
     check_free("adapt", model, adapter)
@@ -181,7 +188,7 @@ def adapt(
     ranks = _ranks(candidates, rank, rank_pattern or {})
     common: dict[str, Any] = {"method": method, "dropout": dropout, "dtype": dtype}
     if method == "deeplora":
-        common |= {"depth": depth, "init_scale": init_scale, "scale": scale}
+        common |= {"depth": depth, "mode": mode or "aligned", "init_scale": init_scale, "scale": scale}
     elif alpha is not None:
         common["alpha"] = alpha
     plan = {name: {**common, "rank": ranks[name]} for name in candidates}

@@ -203,13 +203,13 @@ def _label(row: LayerRank, rows: tuple[LayerRank, ...]) -> str:
 def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1e-2, adapter: str | None = None) -> RankReport:
     r"""The rank that every layer's update really has.
 
-    .. math:: \Delta = s\, left \cdot core_{L-1} \cdots core_0 \cdot right, \qquad
+    .. math:: \Delta = s\, left \cdot (core_{L-1} \cdots core_0 - \tau I) \cdot right, \qquad
         rank_{abs} = \#\{i : s_i(\Delta) > absolute\}, \quad rank_{rel} = \#\{i : s_i(\Delta) > relative \cdot s_1(W)\}, \quad
         stable = \sum_i s_i^2 / s_1^2
 
     Args:
         model: a model with adapters; it is not changed.
-        absolute: threshold of the first count; 1e-2 is where trained Deep LoRA updates separate from their start
+        absolute: threshold of the first count; 1e-2 is where trained updates of the paper's mode separate from their start
             (``init_scale^depth`` = 1e-9).
         relative: threshold of the second count, in units of the largest singular value of the frozen weight W. It is not
             relative to the update's own: an update that never left its start has k equal singular values, all negligible.
@@ -279,7 +279,7 @@ def _layer_rank(name: str, layer: AdapterLayer, adapter: str, base: float, absol
 
 
 def update_singular_values(factors: Factors, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Singular values of ``scale * left @ core[L-1] @ ... @ core[0] @ right``, the largest first; NaN if not finite.
+    """Singular values of ``scale * left @ (core[L-1] @ ... @ core[0] - shift I) @ right``, the largest first; NaN if not finite.
 
     Example:
         >>> import torch
@@ -288,9 +288,9 @@ def update_singular_values(factors: Factors, dtype: torch.dtype = torch.float64)
         >>> update_singular_values(Factors(torch.ones(4, 1), None, torch.ones(1, 4), 2.0)).tolist()
         [8.0]
     """
-    left, core, right, scale = factors
+    left, core, right, scale, shift = factors
     inner = torch.linalg.qr(left.detach().to(dtype), mode="r").R
-    product = core_product(None if core is None else core.detach().to(dtype))
+    product = core_product(None if core is None else core.detach().to(dtype), shift)
     inner = inner if product is None else inner @ product
     inner = scale * (inner @ torch.linalg.qr(right.detach().to(dtype).t(), mode="r").R.t())
     if not bool(torch.isfinite(inner).all()):  # an SVD of NaN raises

@@ -2,8 +2,8 @@
 
 For an adapted linear layer that gradient is ``D = sum over tokens dy^T x``, (out, in). It is never formed: hooks see x and dy
 of each layer during one backward pass, a randomized range finder runs on the products ``D v = dy^T (x v)`` and
-``D^T u = x^T (dy u)`` at once, and only ``D ~ u diag(s) v^T`` stays, (out + in) (k / 2 + oversampling) numbers a layer.
-Then, per layer, ``left, right`` are the matched frames of the top k / 2 directions (:mod:`lowrank_kernels.compression`).
+``D^T u = x^T (dy u)`` at once, and only ``D ~ u diag(s) v^T`` stays, (out + in) (k + oversampling) numbers a layer. Then, per layer, ``left, right`` are the top k
+singular vectors (mode "aligned"), or the matched frames of the top k / 2 ones (mode "paper", :mod:`lowrank_kernels.compression`).
 
 x is kept through autograd's own saved tensors, so that gradient checkpointing holds: it is recomputed with its block.
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .compression import LinearOperator, matched_frames, top_singular_vectors
-from .nn import AdapterLayer
+from .nn import AdapterInfo, AdapterLayer
 from .processes import Team, agreed, assign, is_sharded, sharding_team, team_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class LayerCompression:
     name: str
     shape: tuple[int, int]  # (out, in)
     rank: int
-    singular_values: tuple[float, ...]  # (k / 2 + oversampling,), or as many as the matrix has
+    singular_values: tuple[float, ...]  # (directions + oversampling,), or as many as the matrix has
+    directions: int  # singular directions of the gradient that are used: k, in the paper's mode k / 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class CompressionReport:
         for row in self.layers:
             s, shape = row.singular_values, "x".join(map(str, row.shape))
             lines.append(
-                f"{row.name:<{width}}  {shape:>11}  rank {row.rank:>3}  s from {s[0]:.3g} to {s[row.rank // 2 - 1]:.3g}"
+                f"{row.name:<{width}}  {shape:>11}  rank {row.rank:>3}  s from {s[0]:.3g} to {s[row.directions - 1]:.3g}"
             )
         return "\n".join(lines)
 
@@ -89,12 +90,16 @@ def compress_(
     seed: int = 0,
     group: ProcessGroup | bool | None = None,
 ) -> CompressionReport:
-    r"""Initialize every Deep LoRA layer of an adapted model from one gradient, as the paper's compression does.
+    r"""Initialize every Deep LoRA layer of an adapted model from one gradient ``D`` of its weight, all adapters switched off.
 
-    .. math:: \Delta W(0) = s\, left \cdot (\epsilon I)^L \cdot right, \qquad
-        span(right) = span[V, P^T U],\ span(left) = P\, span(right), \qquad D \approx U S V^T
+    .. math:: aligned: \quad left = -U_k,\ right = V_k^T, \qquad \Delta W(0) = 0, \qquad D \approx U S V^T
 
-    with D the loss's gradient of the layer's weight, all adapters switched off, and P a Haar map that is never formed.
+    .. math:: paper: \quad span(right) = span[V_{k/2}, P^T U_{k/2}],\ span(left) = P\, span(right), \qquad
+        \Delta W(0) = s\, \epsilon^L\, left \cdot right
+
+    The mode is that of the adapter. Aligned, the gradient of every core is diagonal and negative at the start, so the cores
+    grow along the gradient's own directions, the strongest first. The paper's is the compression of its section 3, with P a
+    Haar map that is never formed.
 
     Args:
         model: a model with Deep LoRA layers, already in its final dtype and on its device.
@@ -102,7 +107,7 @@ def compress_(
             batches, whose gradients are added up (take a few: ``itertools.islice(loader, 4)``).
         loss_fn: ``loss_fn(model, batch) -> scalar`` for batches; the default is ``model(**batch).loss`` for dict batches.
         adapter: which Deep LoRA adapter, where there are several.
-        init_scale: epsilon of every core; default: as the layers were adapted with.
+        init_scale: epsilon of every core, in the paper's mode; default: as the layers were adapted with.
         oversampling: additional directions that the running approximation keeps.
         iterations: power iterations of the range finder.
         seed: with each layer's name it seeds that layer's draws, so the order of the layers does not matter.
@@ -113,7 +118,7 @@ def compress_(
         ``CompressionReport(adapter, losses, layers, processes)``.
 
     Raises:
-        ValueError: no Deep LoRA layer, an odd rank, a loss that is no finite scalar or does not depend on the layers, layers
+        ValueError: no Deep LoRA layer, an odd rank in the paper's mode, a loss that is no finite scalar or does not depend on the layers, layers
             that the loss does not reach, a NaN or infinite gradient (the layer is named), no batches, merged adapters, an
             unknown adapter, a model on the meta device; processes whose layers or arguments differ, a sharded model whose
             processes have unequal numbers of batches. Nothing has been changed then, in any process: all of them raise.
@@ -155,12 +160,17 @@ def compress_(
             )
         if init_scale is not None and not math.isfinite(init_scale):
             raise ValueError(f"compress_: init_scale must be finite, got {init_scale}")
+        if init_scale is not None and any(layer.adapters[adapter].mode != "paper" for layer in layers.values()):
+            raise ValueError(
+                f"compress_: init_scale belongs to mode='paper', got {init_scale}; an aligned adapter keeps the one it was "
+                "adapted with, which its update is counted from"
+            )
         ranks = {name: (layer.matrix_shape, layer.adapters[adapter].rank) for name, layer in layers.items()}
         same = {"adapter": adapter, "init_scale": init_scale, "oversampling": oversampling, "iterations": iterations}
         agreed(team, "compress_", {**same, "seed": seed, "layers": ranks})
         turns = _Turns(team)
         for name, layer in layers.items():
-            width = layer.adapters[adapter].rank // 2 + oversampling
+            width = _directions(layer.adapters[adapter]) + oversampling
             turns.sketches[name] = _Sketch(name, layer, width, iterations, seed, turns)
     with _quiet(model, turns.sketches.values()):
         losses = _passes(_closures(model, loss_or_batches, loss_fn), turns, sharded)
@@ -178,11 +188,13 @@ def compress_(
         info, found = layer.adapters[adapter], turns.sketches.pop(name).found
         assert found is not None
         info = info if init_scale is None else replace(info, init_scale=float(init_scale))
-        u, v = found.u[:, : info.rank // 2].double(), found.v[:, : info.rank // 2].double()
-        left, right = matched_frames(u, v, generator=_generator(seed, name, "frames"))
+        count = _directions(info)
+        u, v = found.u[:, :count].double(), found.v[:, :count].double()
+        paper = info.mode == "paper"
+        left, right = matched_frames(u, v, generator=_generator(seed, name, "frames")) if paper else (-u, v.t())
         dtype, s = layer.left[adapter].dtype, team.first(found.s)
         written.append((layer, info, team.first(left.to(dtype)), team.first(right.to(dtype))))
-        rows.append(LayerCompression(name, layer.matrix_shape, info.rank, tuple(s.tolist())))
+        rows.append(LayerCompression(name, layer.matrix_shape, info.rank, tuple(s.tolist()), count))
     for layer, info, left, right in written:
         assert info.init_scale is not None
         core = info.init_scale * torch.eye(info.rank, dtype=torch.float64, device=left.device)
@@ -234,7 +246,7 @@ def _targets(model: nn.Module, adapter: str | None) -> tuple[dict[str, AdapterLa
     layers = {name: layer for name, layer in layers.items() if adapter in layer.adapters}
     for name, layer in layers.items():
         rank, shape = layer.adapters[adapter].rank, layer.matrix_shape
-        if rank % 2:
+        if rank % 2 and layer.adapters[adapter].mode == "paper":
             even = rank + 1 if rank < min(shape) else rank - 1
             raise ValueError(
                 f"compress_: rank must be even (half of it are directions of the gradient), got {rank} in layer {name!r}; "
@@ -246,6 +258,11 @@ def _targets(model: nn.Module, adapter: str | None) -> tuple[dict[str, AdapterLa
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ValueError("compress_: the model is on the meta device and has no values; load its weights first")
     return layers, adapter
+
+
+def _directions(info: AdapterInfo) -> int:
+    """Singular directions of the gradient that a layer of this rank uses."""
+    return info.rank // 2 if info.mode == "paper" else info.rank
 
 
 def _some(names: list[str]) -> str:

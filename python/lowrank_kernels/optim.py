@@ -1,13 +1,13 @@
 """Learning rates of adapters: the discrepant rates of Deep LoRA, LoRA+, SGD for outer factors, and a watch on divergence.
 
-Deep LoRA trains ``delta = s left core[L-1] ... core[0] right`` with Adam at the rate ``lr`` for the cores and ``gamma lr``
-for left and right. Two things a user would not guess, measured on STS-B with MiniLM (36 linears, depth 3, init 1e-3):
+Deep LoRA trains ``delta = s left (core[L-1] ... core[0] - tau I) right`` with Adam at the rate ``lr`` for the cores and
+``gamma lr`` for left and right. What a user would not guess, measured on STS-B with MiniLM (36 linears, depth 3):
 
 - The core's rate goes down with the rank, ``lr * min(1, 8 / rank)``. Adam moves every entry of a k x k core by about lr a
   step, so its norm by about ``k lr``, and the product of three cores grows with the cube of that once it leaves its start:
   rank 64 at lr 1e-2 ended at s1(delta) = 16 s1(W), with 1e-2 * 8 / 64 it trains.
-- Adam's epsilon is 1e-6, the reference's. At the start the gradient of a core is about ``init_scale^2 |G|``, G the gradient
-  of the weight: 1e-6 |G| for depth 3. Below epsilon a step is proportional to it, so directions leave the start in the order
+- In the mode "paper" Adam's epsilon is 1e-6, the reference's. At the start the gradient of a core is about
+  ``init_scale^2 |G|``, G the gradient of the weight: 1e-6 |G| for depth 3. Below epsilon a step is proportional to it, so directions leave the start in the order
   of their gradient; far above, Adam takes all at the same size, noise included. A larger one holds the start: in a
   regression of width 96 and loss 5e-3 the loss fell within 100 steps with 1e-6 and not in 300 with 1e-5.
 
@@ -29,7 +29,8 @@ from .analysis import _adapted_layers, base_norm, update_singular_values
 from .nn import AdapterLayer
 from .processes import gathered
 
-ADAM_EPSILON = 1e-6  # of Deep LoRA's groups, see above
+ADAM_EPSILON = 1e-6  # of Deep LoRA's groups in the mode "paper", see above
+GAMMA = {"aligned": 0.1, "paper": 1e-2}  # rate of the outer factors over that of the cores, by mode
 METHODS = ("adam", "sgd")
 
 
@@ -37,7 +38,7 @@ def parameter_groups(
     model: nn.Module,
     lr: float = 1e-2,
     *,
-    gamma: float = 1e-2,
+    gamma: float | None = None,
     weight_decay: float = 0.0,
     loraplus_ratio: float | None = None,
     embedding_lr: float = 1e-6,
@@ -49,8 +50,8 @@ def parameter_groups(
     ================================  ==========================================  ====================================
     group (``name``)                  parameters                                  rate
     ================================  ==========================================  ====================================
-    ``deeplora.core.<rank>``          cores of that rank, eps 1e-6                ``lr * min(1, reference_rank / rank)``
-    ``deeplora.outer``                left and right, eps 1e-6                    ``gamma * lr``
+    ``deeplora.core.<rank>``          cores of that rank                          ``lr * min(1, reference_rank / rank)``
+    ``deeplora.outer``                left and right                              ``gamma * lr``
     ``lora.right`` (A)                                                            ``lr``
     ``lora.left`` (B)                                                             ``lr``, LoRA+: ``loraplus_ratio * lr``
     ``lora.embedding``                both factors of embeddings, LoRA+ only      ``embedding_lr``
@@ -62,7 +63,7 @@ def parameter_groups(
     Args:
         model: a model with adapters. With ``gamma=0`` its Deep LoRA outer factors stop requiring gradients.
         lr: the base rate; 1e-2 suits Deep LoRA, LoRA and heads want less (1e-4 to 1e-3).
-        gamma: rate of Deep LoRA's outer factors over that of the cores. 0 freezes them: they are in no group, so no
+        gamma: rate of Deep LoRA's outer factors over that of the cores; default 0.1, in the mode "paper" 1e-2. 0 freezes them: they are in no group, so no
             optimizer, weight decay or schedule with a positive floor can move a bit, and no gradient is computed.
         weight_decay: of all groups but ``other.vectors``.
         loraplus_ratio: LoRA+, rate of B over that of A, for LoRA layers and vectors; published: 16. None: the same rate.
@@ -71,8 +72,8 @@ def parameter_groups(
         outer: "sgd" marks Deep LoRA's outer group with ``"method": "sgd"`` for :class:`AdamWithSGD`; others ignore it.
 
     Returns:
-        Groups for any torch optimizer: ``params``, ``lr``, ``weight_decay``, ``name``, for Deep LoRA ``eps``, and ``method``
-        where asked for. No parameter is in two, and every one that requires gradients is in one; there are no empty groups.
+        Groups for any torch optimizer: ``params``, ``lr``, ``weight_decay``, ``name``, for Deep LoRA in the mode "paper"
+        ``eps`` 1e-6 (and ``.paper`` at the end of the name where the model has both modes), and ``method`` where asked for. No parameter is in two, and every one that requires gradients is in one; there are no empty groups.
 
     Raises:
         ValueError: no adapter layer, no trainable parameter, an argument out of range. Nothing was changed.
@@ -88,7 +89,7 @@ def parameter_groups(
         >>> model = torch.nn.Sequential(lrk.nn.DeepLoRALinear(body, rank=16), head)
         >>> for group in lrk.parameter_groups(model):
         ...     print(group["name"], group["lr"], len(group["params"]))
-        deeplora.outer 0.0001 2
+        deeplora.outer 0.001 2
         deeplora.core.16 0.005 1
         other 0.01 1
         other.vectors 0.01 1
@@ -100,12 +101,13 @@ def parameter_groups(
     for argument, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"parameter_groups: {argument} must be a positive finite number, got {value}")
-    for argument, value in {"gamma": gamma, "weight_decay": weight_decay, "embedding_lr": embedding_lr}.items():
+    for argument, value in {"gamma": gamma or 0.0, "weight_decay": weight_decay, "embedding_lr": embedding_lr}.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"parameter_groups: {argument} must be a finite number of at least 0, got {value}")
     if outer not in METHODS:
         raise ValueError(f"parameter_groups: outer must be 'adam' or 'sgd', got {outer!r}")
     layers = _adapted_layers(model, "parameter_groups")
+    modes = {info.mode for layer in layers.values() for info in layer.adapters.values() if info.method == "deeplora"}
 
     fast = lr * (loraplus_ratio or 1.0)
     groups: dict[str, dict[str, Any]] = {}
@@ -125,12 +127,15 @@ def parameter_groups(
     for layer in layers.values():
         for adapter, info in layer.adapters.items():
             for kind, parameter in layer.adapter_parameters(adapter).items():
+                paper = {"eps": ADAM_EPSILON} if info.mode == "paper" else {}
+                end = ".paper" if paper and len(modes) > 1 else ""
                 if info.method == "deeplora" and kind == "core":
                     rate = lr if reference_rank is None else lr * min(1.0, reference_rank / info.rank)
-                    add(f"deeplora.core.{info.rank}", rate, parameter, eps=ADAM_EPSILON)
+                    add(f"deeplora.core.{info.rank}{end}", rate, parameter, **paper)
                 elif info.method == "deeplora":
                     method = {"method": "sgd"} if outer == "sgd" else {}
-                    add("deeplora.outer", gamma * lr, parameter, eps=ADAM_EPSILON, **method)
+                    rate = (GAMMA[info.mode] if gamma is None else gamma) * lr
+                    add(f"deeplora.outer{end}", rate, parameter, **paper, **method)
                 elif info.method == "lora" and loraplus_ratio is not None and _is_embedding(layer):
                     add("lora.embedding", embedding_lr, parameter)
                 elif info.method == "lora":

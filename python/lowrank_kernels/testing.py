@@ -254,6 +254,7 @@ class ThreeFactorProblem(NamedTuple):
     right: Tensor  # (k, N)
     bias: Tensor | None  # (M,)
     scale: float
+    shift: float
     dropout_p: float
     dy: Tensor  # (*, M)
     seed: int = 0  # of torch's generator, from which the dropout mask follows
@@ -264,9 +265,9 @@ class ThreeFactorProblem(NamedTuple):
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def run(self, function: Callable[..., Tensor]) -> Tensor:
-        """``function(x, weight, left, core, right, bias=, scale=, dropout_p=)`` after seeding torch's generator."""
+        """``function(x, weight, left, core, right, bias=, scale=, shift=, dropout_p=)`` after seeding torch's generator."""
         torch.manual_seed(self.seed)
-        return function(*self[:5], bias=self.bias, scale=self.scale, dropout_p=self.dropout_p)
+        return function(*self[:5], bias=self.bias, scale=self.scale, shift=self.shift, dropout_p=self.dropout_p)
 
     def output_and_gradients(self, function: Callable[..., Tensor]) -> dict[str, Tensor]:
         """Output and gradients by autograd, by name; for :func:`check`."""
@@ -293,7 +294,8 @@ class ThreeFactorProblem(NamedTuple):
         core = None if self.core is None else array(self.core)
         weight = np.zeros((m, n), dtype=longer) if self.weight is None else array(self.weight)
         chains = _chains(core, k, longer)
-        delta = left @ (chains[-1] @ right)
+        product = chains[-1] - self.shift * np.eye(k, dtype=longer)
+        delta = left @ (product @ right)
         factors = dropout_factors(self.dropout_seed(), tokens, n, self.dropout_p) if self.dropout_p else longer(1)
         dropped = x * factors
         ddelta = self.scale * (dy.T @ dropped)  # (M, N)
@@ -302,9 +304,9 @@ class ThreeFactorProblem(NamedTuple):
             "y": y if self.bias is None else y + array(self.bias),
             "x": dy @ weight + self.scale * (dy @ delta) * factors,
             "weight": dy.T @ x,
-            "left": ddelta @ (chains[-1] @ right).T,
+            "left": ddelta @ (product @ right).T,
             "core": None if core is None else _chain_gradients(core, chains, (left.T @ ddelta) @ right.T),
-            "right": (left @ chains[-1]).T @ ddelta,
+            "right": (left @ product).T @ ddelta,
             "bias": dy.sum(0),
         }
         shapes = {name: tensor.shape for name, tensor in self.tensors().items()} | {"y": self.dy.shape}
@@ -346,6 +348,7 @@ class ThreeFactorCase:
     weight: bool = True
     bias: bool = True
     scale: float = 0.5
+    shift: float = 0.0
     dropout_p: float = 0.0
     dtype: torch.dtype = torch.float32
     factor_dtype: torch.dtype | None = None  # None: that of x
@@ -355,7 +358,7 @@ class ThreeFactorCase:
         lead = "x".join(map(str, self.lead)) or "none"
         extras = "w" * self.weight + "b" * self.bias
         parts = [SHORT[self.dtype], factors, f"T{lead}", f"N{self.n}", f"M{self.m}", f"K{self.k}"]
-        parts += [f"L{'none' if self.depth is None else self.depth}", extras, f"s{self.scale:g}" * (self.scale != 0.5)]
+        parts += [f"L{'none' if self.depth is None else self.depth}", extras, f"s{self.scale:g}" * (self.scale != 0.5), f"shift{self.shift:g}" * (self.shift != 0)]
         return "-".join(part for part in (*parts, f"p{self.dropout_p:g}" * (self.dropout_p > 0)) if part)
 
     @property
@@ -380,6 +383,7 @@ class ThreeFactorCase:
             normal(k, n, width=n, dtype=factor_dtype),
             normal(m) if self.bias else None,
             self.scale,
+            self.shift,
             self.dropout_p,
             normal(*self.lead, m),
             seed,
@@ -414,6 +418,7 @@ def _three_factor_cases() -> list[ThreeFactorCase]:
                 "scale": pick((0.5, 0.5, 1.0, -0.5)),
             }
             extras |= {"depth": pick((None, 0, 1, 2, 3, 4)), "dropout_p": pick((0.0, 0.0, 0.1, 0.5))}
+            extras["shift"] = 0.25 if extras["depth"] else 0.0
             cases.append(ThreeFactorCase(pick(TOKENS[1:]), pick(features), pick(features), k, **extras, **dtypes))
         # One of each kind of x, every leading shape, empty sizes, nothing left of the update.
         tokens: tuple[tuple[int, ...], ...] = ((), (0,), (2, 3), (2, 1, 5), (3, 0, 2))
@@ -421,6 +426,7 @@ def _three_factor_cases() -> list[ThreeFactorCase]:
         cases += [ThreeFactorCase(7, 0, 9, 3, **dtypes), ThreeFactorCase(7, 9, 0, 3, **dtypes)]
         cases += [ThreeFactorCase(7, 31, 17, 8, scale=0.0, **dtypes), ThreeFactorCase(7, 31, 17, 8, dropout_p=1.0, **dtypes)]
         cases.append(ThreeFactorCase(129, 384, 65, 16, dropout_p=0.1, **dtypes))
+        cases += [ThreeFactorCase(9, 31, 17, 8, depth=depth, shift=-0.5, **dtypes) for depth in (1, 3)]
     return cases
 
 

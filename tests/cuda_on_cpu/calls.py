@@ -207,13 +207,13 @@ class ThreeFactorRun:
         x, dy = (t.reshape(self.tokens, t.shape[-1]) for t in (problem.x, problem.dy))
         seed = torch.tensor([problem.dropout_seed()]) if problem.dropout_p else None
         tensors = (x, problem.left, problem.core, problem.right, problem.bias, dy, seed)
-        return self.call_of(tensors, problem.scale, problem.dropout_p)
+        return self.call_of(tensors, problem.scale, problem.shift, problem.dropout_p)
 
     @property
     def tokens(self) -> int:
         return torch.Size(self.case.lead).numel()
 
-    def call_of(self, tensors: tuple[Tensor | None, ...], scale: float, dropout_p: float) -> Call:
+    def call_of(self, tensors: tuple[Tensor | None, ...], scale: float, shift: float, dropout_p: float) -> Call:
         x, left, core, right, bias, dy, seed = tensors
         assert x is not None
         assert left is not None
@@ -243,7 +243,7 @@ class ThreeFactorRun:
                 outputs[name] = (shapes[name], x.dtype if name == "dx" else left.dtype)
         given = {name: tensor for name, tensor in named.items() if tensor is not None}
         shifts = {"x": self.shift, "dy": self.shift}
-        return Call("three_factor", str(self), integers, {"scale": scale}, given, shifts, outputs)
+        return Call("three_factor", str(self), integers, {"scale": scale, "shift": shift}, given, shifts, outputs)
 
     def check(self, got: dict[str, Tensor]) -> None:
         problem = self.problem()
@@ -273,7 +273,7 @@ class MaskRun(ThreeFactorRun):
         case = self.case
         ones = torch.ones(self.tokens, case.n, dtype=case.dtype)
         eye = torch.eye(case.n, dtype=case.factor_dtype or case.dtype)
-        return self.call_of((ones, eye, None, eye, None, ones, torch.tensor([self.SEED])), 1.0, case.dropout_p)
+        return self.call_of((ones, eye, None, eye, None, ones, torch.tensor([self.SEED])), 1.0, 0.0, case.dropout_p)
 
     def factors(self) -> Any:
         return dropout_factors(self.SEED, self.tokens, self.case.n, self.case.dropout_p)

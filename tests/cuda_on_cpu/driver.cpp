@@ -122,6 +122,7 @@ void run_three_factor(const Call& call) {
   p.core = call.array<void>("core");
   p.right = call.array<void>("right");
   p.scale = call.reals.at("scale");
+  p.shift = call.reals.at("shift");
   p.drop_threshold = int32_t(call.integer("drop_threshold"));
   p.seed = call.array<int64_t>("seed");
 

@@ -70,6 +70,7 @@ int check(const Shape& s, bool dropped, bool biased, unsigned number) {
   f.tokens = t, f.in_features = n, f.out_features = m, f.rank = k, f.depth = depth;
   f.type = kType<X>, f.factor_type = kType<F>, f.x = x.data(), f.x_stride = pitch;
   f.left = left.data(), f.core = core.data(), f.right = right.data(), f.scale = 0.7;
+  f.shift = depth ? 0.3 : 0;
   f.drop_threshold = dropped ? 20000 : 0, f.seed = &seed;
   f.bias = biased ? bias.data() : nullptr, f.y = y.data(), f.z = z.data();
   lrk::ThreeFactorBackward b{};
@@ -103,7 +104,9 @@ int check(const Shape& s, bool dropped, bool biased, unsigned number) {
   auto layer = [&](int64_t i) { return Doubles(cores.begin() + i * k * k, cores.begin() + (i + 1) * k * k); };
   for (int64_t i = 0; i < depth; ++i) prefixes.push_back(times(layer(i), turn(prefixes[i], k, k), k, k, k));
   for (int64_t i = depth - 1; i >= 0; --i) suffixes[i] = times(suffixes[i + 1], turn(layer(i), k, k), k, k, k);
-  const Doubles &c = prefixes[depth], z1 = times(xs, r, t, k, n);
+  Doubles c = prefixes[depth];
+  for (int64_t i = 0; i < k; ++i) c[i * k + i] -= f.shift;
+  const Doubles z1 = times(xs, r, t, k, n);
   Doubles z2 = times(z1, c, t, k, k), g2 = times(dys, turn(l, m, k), t, k, m), g1 = times(g2, turn(c, k, k), t, k, k);
   for (double& v : z2) v *= f.scale;
   for (double& v : g1) v *= f.scale;

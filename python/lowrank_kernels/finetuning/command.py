@@ -184,10 +184,10 @@ def check_ranks(base: Pretrained, runs: Sequence[Run]) -> None:
             raise InputError(
                 f"--method {run.method}: rank {rank} is larger than {smallest[1]}, whose smaller side is {smallest[0]}"
             )
-        if run.method == "deeplora" and rank % 2:
+        if run.method == "deeplora-paper" and rank % 2:
             raise InputError(
-                f"--method deeplora: rank must be even, half of it are directions of the gradient, got {rank}; "
-                "deeplora-random takes any"
+                f"--method deeplora-paper: rank must be even, half of it are directions of the gradient, got {rank}; "
+                "deeplora takes any"
             )
 
 

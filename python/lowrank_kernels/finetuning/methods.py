@@ -22,7 +22,7 @@ from ..analysis import RankReport, rank_report
 from ..files import InputError, extra
 from ..initialization import compress_
 from ..nn import LoRALinear
-from ..optim import ADAM_EPSILON, parameter_groups
+from ..optim import ADAM_EPSILON, GAMMA, parameter_groups
 from .models import TextModel
 
 Groups = list[dict[str, Any]]
@@ -71,7 +71,7 @@ OPTIONS: dict[str, Option] = {
     "depth": Option(int, "an integer of at least 1", lambda x: x >= 1),
     "lr": Option(float, "a positive number", _positive),
     "gamma": Option(float, "a number of at least 0", lambda x: 0 <= x < math.inf),
-    "init_scale": Option(float, "a positive number", _positive),
+    "init_scale": Option(float, "a number, 0 for the mode's own at this depth", lambda x: 0 <= x < math.inf),
     "adam_eps": Option(float, "a positive number", _positive),
     "alpha": Option(float, "a positive number", _positive),
     "ratio": Option(float, "a positive number", _positive),
@@ -107,9 +107,9 @@ def _adapted(setup: Setup, **options: Any) -> nn.Module:
     return encoder
 
 
-def _deep(setup: Setup, compressed: bool) -> Groups:
+def _deep(setup: Setup, mode: str = "aligned", compressed: bool = True) -> Groups:
     o = setup.options
-    encoder = _adapted(setup, depth=o["depth"], init_scale=o["init_scale"])
+    encoder = _adapted(setup, depth=o["depth"], mode=mode, init_scale=o["init_scale"] or None)
     if compressed:
         compress_(encoder, setup.loss, seed=setup.seed)
     reference = o["reference_rank"] or None
@@ -190,9 +190,10 @@ def _full_width(setup: Setup) -> Groups:
 
 _LORA: dict[str, Value] = {"rank": 8, "lr": 1e-3, "alpha": 8.0, "dropout": 0.0, "adam_eps": 1e-8}
 _DEEP: dict[str, Value] = {
-    "rank": 8, "depth": 3, "lr": 1e-2, "gamma": 1e-2, "init_scale": 1e-3, "dropout": 0.0, "adam_eps": ADAM_EPSILON,
+    "rank": 8, "depth": 3, "lr": 1e-2, "gamma": GAMMA["aligned"], "init_scale": 0.0, "dropout": 0.0, "adam_eps": 1e-8,
     "outer": "adam", "reference_rank": 8.0,
 }  # fmt: skip
+_PAPER: dict[str, Value] = {**_DEEP, "gamma": GAMMA["paper"], "init_scale": 1e-3, "adam_eps": ADAM_EPSILON}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -204,8 +205,13 @@ METHODS: dict[str, Method] = {
         Method("peft-lora", "LoRA of PEFT", _peft_lora, _LORA),
         Method("lora", "LoRA", _lora, _LORA),
         Method("loraplus", "LoRA+", _lora, {**_LORA, "lr": 1e-4, "ratio": 16.0}),
-        Method("deeplora", "Deep LoRA", lambda setup: _deep(setup, True), _DEEP),
-        Method("deeplora-random", "Deep LoRA, random subspace", lambda setup: _deep(setup, False), _DEEP),
+        Method("deeplora", "Deep LoRA", _deep, _DEEP),
+        Method("deeplora-random", "Deep LoRA, random subspace", lambda setup: _deep(setup, compressed=False), _DEEP),
+        Method("deeplora-paper", "Deep LoRA as in the paper", lambda setup: _deep(setup, "paper"), _PAPER),
+        Method(
+            "deeplora-paper-random", "Deep LoRA as in the paper, random subspace",
+            lambda setup: _deep(setup, "paper", compressed=False), _PAPER,
+        ),
         Method(
             "deeplora-full",
             "Deep LoRA, full width",

@@ -41,6 +41,7 @@ from ..nn import (
     MergeReport,
     layer_class,
 )
+from ..nn.methods import MODES, start_scale
 from ..ops.three_factor import FACTOR_TYPES
 from .peft_fused import AccelerationReport, accelerate_peft, decelerate_peft
 
@@ -90,10 +91,10 @@ If there is a folder `lora` beside this file, it holds the same adapter as a pla
 
 @dataclass
 class DeepLoraConfig(PeftConfig):
-    r"""Deep LoRA, :math:`W \to W + scale \cdot left\; core_{depth-1} \cdots core_0\; right`, in PEFT's field names.
+    r"""Deep LoRA, :math:`W \to W + scale \cdot left\; (core_{depth-1} \cdots core_0 - \tau I)\; right`, in PEFT's field names.
 
     Args:
-        r: inner width of every adapter, at most the smaller side of its layer; even if ``compress_`` is to be used.
+        r: inner width of every adapter, at most the smaller side of its layer; even for the paper's ``compress_``.
         target_modules: names or ends of names, a regular expression over whole names, or "all-linear"; by default what PEFT
             takes for LoRA in that architecture. Linear layers, transformers' Conv1D, embeddings, Conv1d and Conv2d.
         exclude_modules: the same, of modules to leave alone.
@@ -101,8 +102,11 @@ class DeepLoraConfig(PeftConfig):
         scale: s of the update. There is no ``alpha / r``: the rate of the cores goes down with the rank instead
             (:func:`~lowrank_kernels.parameter_groups`), and a fixed s keeps updates of different ranks comparable.
         deeplora_dropout: probability, from 0 to below 1, to drop an element of the adapter's input, in training only.
-        init_scale: epsilon; cores start as epsilon I between random orthonormal frames, so the update starts with r singular
-            values ``scale * epsilon^depth``: not zero, but far below the rounding of the layer.
+        mode: "aligned": the update starts at zero, tau = ``epsilon^depth``; "paper": tau = 0, it starts with r singular values
+            ``scale * epsilon^depth``, not zero but far below the rounding of the layer. See
+            :class:`~lowrank_kernels.nn.DeepLoRALinear`.
+        init_scale: epsilon; cores start as epsilon I between random orthonormal frames. None: by mode and depth, and written
+            into the config.
         init_weights: False starts with random cores of order 1 instead, an update that shows; for tests.
         rank_pattern: rank of the layers whose name, or end of name, matches the regular expression; the first match counts.
         bias: "none"; "all" or "deeplora_only" also train biases, of all or of the adapted layers.
@@ -131,7 +135,8 @@ class DeepLoraConfig(PeftConfig):
     depth: int = 3
     scale: float = 1.0
     deeplora_dropout: float = 0.0
-    init_scale: float = 1e-3
+    mode: str = "aligned"
+    init_scale: float | None = None
     init_weights: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     bias: str = "none"
@@ -149,6 +154,10 @@ class DeepLoraConfig(PeftConfig):
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"DeepLoraConfig: {name} must be an integer of at least 1, got {value!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"DeepLoraConfig: mode must be 'aligned' or 'paper', got {self.mode!r}")
+        if self.init_scale is None:
+            self.init_scale = start_scale(self.mode, self.depth)
         for name in ("scale", "init_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"DeepLoraConfig: {name} must be finite, got {getattr(self, name)}")
@@ -358,6 +367,7 @@ _CLASSES: dict[type[AdapterLayer], type[DeepLoraLayer]] = {
 def _options(config: DeepLoraConfig) -> dict[str, Any]:
     return {
         "depth": config.depth,
+        "mode": config.mode,
         "init_scale": config.init_scale,
         "scale": config.scale,
         "dropout": config.deeplora_dropout,
@@ -488,7 +498,7 @@ def save_pretrained(
 ) -> None:
     r"""``model.save_pretrained``, and beside each adapter its plain-LoRA twin in the folder ``lora``, for PEFT alone.
 
-    .. math:: A = core_{depth-1} \cdots core_0\; right, \qquad B = scale \cdot left, \qquad B A = \Delta W
+    .. math:: A = (core_{depth-1} \cdots core_0 - \tau I)\; right, \qquad B = scale \cdot left, \qquad B A = \Delta W
 
     Args:
         model: a ``PeftModel`` of :class:`DeepLoraConfig`.

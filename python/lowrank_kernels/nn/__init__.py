@@ -5,7 +5,7 @@ A layer wraps the module it adapts (``base_layer``, frozen) and holds named adap
 ================  ==============================================================  =================================
 method            update of the base weight, ``(out, in)``                        trained
 ================  ==============================================================  =================================
-Deep LoRA         ``s * left @ core[L-1] @ ... @ core[0] @ right``                left (out, k), core (L, k, k), right
+Deep LoRA         ``s * left @ (core[L-1] @ ... @ core[0] - tau I) @ right``      left (out, k), core (L, k, k), right
 LoRA              ``s * left @ right``, ``s = alpha / k``                         left (out, k), right (k, in)
 RandLoRA          ``s * sum_i B_i diag(lambdas[:, i]) A diag(gammas[i])``         lambdas (k, n), gammas (n, min)
 ================  ==============================================================  =================================
@@ -46,14 +46,18 @@ __all__ = [
 class DeepLoRALinear(hosts.Linear, methods.DeepLoRA):
     r"""A frozen linear layer (``nn.Linear``, transformers' ``Conv1D``) plus a trained Deep LoRA update.
 
-    .. math:: y = x W^T + b + s\,(((\mathrm{drop}(x) R^T) C^T) L^T), \qquad C = core_{depth-1} \cdots core_0
+    .. math:: y = x W^T + b + s\,(((\mathrm{drop}(x) R^T) C^T) L^T), \qquad C = core_{depth-1} \cdots core_0 - \tau I
 
     Args:
         base_layer: the layer to adapt; it is kept as it is, its parameters are frozen.
-        rank: inner width k, from 1 to ``min(out_features, in_features)``; even for the start by compression.
+        rank: inner width k, from 1 to ``min(out_features, in_features)``; even for the paper's start by compression.
         depth: number of cores, at least 1.
-        init_scale: epsilon; the cores start as epsilon I between random orthonormal ``left`` and ``right``, so the update
-            starts with k singular values ``scale * epsilon^depth``.
+        mode: how it starts. "aligned": tau = ``epsilon^depth``, the update starts at zero with a gradient that any optimizer
+            sees; :func:`~lowrank_kernels.compress_` lays left and right along the singular vectors of the weight's gradient.
+            "paper": tau = 0 and a tiny epsilon, the update starts with k singular values ``scale * epsilon^depth`` on a
+            plateau; ``compress_`` makes the paper's frames.
+        init_scale: epsilon; the cores start as epsilon I between orthonormal ``left`` and ``right``. By default 1e-3 in the
+            mode "paper", and in the mode "aligned" what makes ``depth epsilon^(depth-1) = 3/4``: 0.5 at depth 3.
         scale: s.
         dropout: probability, from 0 to below 1, to drop an element of x before R, in training only.
         dtype: of the factors; by default float64 for a float64 layer and float32 for all others. Else the layer's own.

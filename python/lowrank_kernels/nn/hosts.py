@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,8 +55,9 @@ class Linear(AdapterLayer):
         return matrix.t() if self._is_transposed else matrix
 
     def _update(self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        left, core, right, scale = self.factors(name)
-        return three_factor_linear(x, weight, left, core, right, bias=bias, scale=scale, dropout_p=self._dropout(name))
+        left, core, right, scale, shift = self.factors(name)
+        p = self._dropout(name)
+        return three_factor_linear(x, weight, left, core, right, bias=bias, scale=scale, shift=shift, dropout_p=p)
 
     def _run(self, x: Tensor, running: tuple[str, ...]) -> Tensor:
         base = self._modules["base_layer"]
@@ -73,9 +75,12 @@ class Linear(AdapterLayer):
 
 def _from_inner(z: Tensor, factors: Factors) -> Tensor:
     """``scale * z C^T L^T`` for the ``(*, k)`` products z of the layer's input with ``right``."""
-    left, core, _, scale = factors
+    left, core, _, scale, shift = factors
     if core is None:
         return F.linear(z * scale, left.to(z.dtype))
+    if shift:
+        eye = torch.eye(len(core[0]), dtype=core.dtype, device=core.device)
+        return three_factor_linear(z, None, left, core, eye, scale=scale, shift=shift)
     return three_factor_linear(z, None, left, core[1:] if len(core) > 1 else None, core[0], scale=scale)
 
 

@@ -18,12 +18,13 @@ from ..reference.core import core_product
 
 
 class Factors(NamedTuple):
-    """``scale * left @ core[L-1] @ ... @ core[0] @ right`` of one adapter: live tensors, differentiable."""
+    """``scale * left @ (core[L-1] @ ... @ core[0] - shift * I) @ right`` of one adapter: live tensors, differentiable."""
 
     left: Tensor  # (out, k)
     core: Tensor | None  # (L, k, k)
     right: Tensor  # (k, in)
     scale: float
+    shift: float = 0.0
 
 
 class MergeReport(NamedTuple):
@@ -47,12 +48,18 @@ class AdapterInfo:
     init_scale: float | None = None
     alpha: float | None = None
     basis_seed: int | None = None
+    mode: str = "paper"  # of Deep LoRA: how it starts, see MODES
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of ``add_adapter`` (but name, dtype and generator)."""
-        names = {"deeplora": ("rank", "depth", "init_scale", "scale", "dropout"), "lora": ("rank", "alpha", "dropout")}
+        names = {"deeplora": ("rank", "depth", "mode", "init_scale", "scale", "dropout"), "lora": ("rank", "alpha", "dropout")}
         return {name: getattr(self, name) for name in names.get(self.method, ("rank", "alpha", "dropout", "basis_seed"))}
+
+    @property
+    def shift(self) -> float:
+        """What is subtracted from the diagonal of the product of the cores: its start, where the update starts at zero."""
+        return 0.0 if self.mode == "paper" or self.init_scale is None else self.init_scale**self.depth
 
 
 # ---------------------------------------------------------------------- the layer
@@ -154,7 +161,8 @@ class AdapterLayer(nn.Module):
         info, modules, kinds = self._info(name), self._modules, self._kinds
         # Straight from the dicts: attributes of modules cost 6 us here, a tenth of a small layer's forward pass.
         left, right = modules[kinds["left"]]._parameters[name], modules[kinds["right"]]._parameters[name]  # type: ignore[union-attr]
-        return Factors(left, modules[kinds["core"]]._parameters.get(name), right, info.scale)  # type: ignore[union-attr, arg-type]
+        core = modules[kinds["core"]]._parameters.get(name)  # type: ignore[union-attr]
+        return Factors(left, core, right, info.scale, info.shift)  # type: ignore[arg-type]
 
     @classmethod
     def from_module(cls, module: nn.Module, *args: Any, **options: Any) -> Any:
@@ -265,12 +273,12 @@ class AdapterLayer(nn.Module):
 
     def get_delta_weight(self, name: str) -> Tensor:
         """The update of the base weight, in its layout; float32 (float64 for float64), differentiable in the factors."""
-        left, core, right, scale = self.factors(name)
+        left, core, right, scale, shift = self.factors(name)
         dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
         device_type = left.device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # none on meta
         with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
-            product = core_product(None if core is None else core.to(dtype))
+            product = core_product(None if core is None else core.to(dtype), shift)
             right = right.to(dtype) if product is None else product @ right.to(dtype)
             return self._as_weight(scale * (left.to(dtype) @ right))
 

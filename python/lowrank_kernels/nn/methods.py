@@ -20,6 +20,18 @@ def _normal(rows: int, columns: int, like: Tensor, generator: torch.Generator | 
     return torch.randn(rows, columns, generator=generator, dtype=wide, device="cpu")
 
 
+MODES = ("aligned", "paper")
+FIRST_SLOPE = 0.75  # L eps^(L-1): how fast the product of the cores moves at the start of mode "aligned", at any depth
+
+
+def start_scale(mode: str, depth: int) -> float:
+    """The default ``init_scale``: the paper's 1e-3, or the eps with ``depth eps^(depth-1)`` about ``FIRST_SLOPE``.
+
+    It is a multiple of 1/64, so that the product of up to four cores is exact, and the update zero, in half precision too.
+    """
+    return 1e-3 if mode == "paper" else round(64 * (FIRST_SLOPE / depth) ** (1 / (depth - 1))) / 64 if depth > 1 else 1.0
+
+
 class DeepLoRA(AdapterLayer):
     method = "deeplora"
 
@@ -29,7 +41,8 @@ class DeepLoRA(AdapterLayer):
         rank: int = 8,
         depth: int = 3,
         *,
-        init_scale: float = 1e-3,
+        mode: str = "aligned",
+        init_scale: float | None = None,
         scale: float = 1.0,
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -39,16 +52,19 @@ class DeepLoRA(AdapterLayer):
         self._check_rank(rank)
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"{type(self).__name__}: depth must be an integer of at least 1, got {depth!r}")
+        if mode not in MODES:
+            raise ValueError(f"{type(self).__name__}: mode must be 'aligned' or 'paper', got {mode!r}")
+        init_scale = start_scale(mode, depth) if init_scale is None else init_scale
         if not math.isfinite(init_scale):
             raise ValueError(f"{type(self).__name__}: init_scale must be finite, got {init_scale}")
         out_features, in_features = self.matrix_shape
         shapes = {"left": (out_features, rank), "core": (depth, rank, rank), "right": (rank, in_features)}
-        info = AdapterInfo(self.method, rank, float(scale), float(dropout), depth, float(init_scale))
+        info = AdapterInfo(self.method, rank, float(scale), float(dropout), depth, float(init_scale), mode=mode)
         self._add(name, info, shapes, dtype, generator)
 
     @torch.no_grad()
     def reset_parameters(self, name: str, generator: torch.Generator | None = None) -> None:
-        """Random orthonormal frames and cores ``init_scale * I``: the update starts as ``init_scale^depth`` left right."""
+        """Random orthonormal frames and cores ``init_scale * I``; in the mode "aligned" the update starts at zero."""
         info, parameters = self._info(name), self.adapter_parameters(name)
         left, core, right = parameters["left"], parameters["core"], parameters["right"]
         if left.is_meta:

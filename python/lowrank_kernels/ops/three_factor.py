@@ -31,11 +31,11 @@ FACTOR_TYPES = {  # dtype of x -> dtypes of the factors
 
 define(
     "_three_factor_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor left, Tensor? core, Tensor right, "
-    "float scale, float dropout_p, Tensor? seed) -> (Tensor y, Tensor z)"
+    "float scale, float shift, float dropout_p, Tensor? seed) -> (Tensor y, Tensor z)"
 )
 define(
     "_three_factor_backward(Tensor dy, Tensor x, Tensor? weight, Tensor left, Tensor? core, Tensor right, Tensor z, "
-    "float scale, float dropout_p, Tensor? seed, bool[4] wanted) "
+    "float scale, float shift, float dropout_p, Tensor? seed, bool[4] wanted) "
     "-> (Tensor dx, Tensor dleft, Tensor dcore, Tensor dright)"
 )
 _forward_op = torch.ops.lowrank_kernels._three_factor_forward.default
@@ -60,6 +60,7 @@ def _forward_chain(
     core: Tensor | None,
     right: Tensor,
     scale: float,
+    shift: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ def _forward_chain(
     dtype = x.dtype
     dropped = x if seed is None else x * dropout_mask(seed, x, dropout_p)
     z1 = dropped @ right.to(dtype).t()
-    product = core_product(core)
+    product = core_product(core, shift)
     z2 = (z1 if product is None else z1 @ product.to(dtype).t()) * scale
     y = z2 @ left.to(dtype).t() if bias is None else torch.addmm(bias, z2, left.to(dtype).t())
     if weight is not None:
@@ -84,6 +85,7 @@ def _backward_chain(
     right: Tensor,
     z: Tensor,  # (2, T, k)
     scale: float,
+    shift: float,
     dropout_p: float,
     seed: Tensor | None,
     wanted: list[bool],
@@ -97,7 +99,7 @@ def _backward_chain(
         dleft = (dy.t() @ z2).to(left.dtype)
     if want_dx or want_dcore or want_dright:
         g2 = dy @ left.to(dtype) * scale
-        product = core_product(core)
+        product = core_product(core, shift)
         g1 = g2 if product is None else g2 @ product.to(dtype)
         if want_dcore and core is not None:
             dcore = core_gradients(core, (g2.t() @ z1).to(core.dtype))
@@ -120,13 +122,14 @@ def _forward_native(
     core: Tensor | None,
     right: Tensor,
     scale: float,
+    shift: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if not _native.three_factor_serves(x, left):
-        return _forward_chain(x, weight, bias, left, core, right, scale, dropout_p, seed)
+        return _forward_chain(x, weight, bias, left, core, right, scale, shift, dropout_p, seed)
     threshold = 0 if seed is None else drop_threshold(dropout_p)
-    y, z = _native.three_factor_forward(x, left, core, right, bias, scale, threshold, seed)
+    y, z = _native.three_factor_forward(x, left, core, right, bias, scale, shift, threshold, seed)
     if weight is not None:
         y.addmm_(x, weight.t())
     return y, z
@@ -141,14 +144,15 @@ def _backward_native(
     right: Tensor,
     z: Tensor,
     scale: float,
+    shift: float,
     dropout_p: float,
     seed: Tensor | None,
     wanted: list[bool],
 ) -> Gradients:
     if not _native.three_factor_serves(x, left):
-        return _backward_chain(dy, x, weight, left, core, right, z, scale, dropout_p, seed, wanted)
+        return _backward_chain(dy, x, weight, left, core, right, z, scale, shift, dropout_p, seed, wanted)
     threshold = 0 if seed is None else drop_threshold(dropout_p)
-    grads = _native.three_factor_backward(dy, x, left, core, right, z, scale, threshold, seed, wanted)
+    grads = _native.three_factor_backward(dy, x, left, core, right, z, scale, shift, threshold, seed, wanted)
     if wanted[0] and weight is not None:
         grads[0].addmm_(dy, weight)
     return grads
@@ -199,13 +203,14 @@ def _forward(
     core: Tensor | None,
     right: Tensor,
     scale: float,
+    shift: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y with x's leading dimensions, and z ``(2, T, k)``."""
     flat = _flat(x)
     run = _forward_native if eager(flat, left) and _native.serves(x.device) else _forward_op
-    y, z = run(flat, weight, bias, left, core, right, scale, dropout_p, seed)
+    y, z = run(flat, weight, bias, left, core, right, scale, shift, dropout_p, seed)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), z
 
 
@@ -220,12 +225,13 @@ class _ThreeFactorLinear(torch.autograd.Function):
         core: Tensor | None,
         right: Tensor,
         scale: float,
+        shift: float,
         dropout_p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        y, z = _forward(x, weight, bias, left, core, right, scale, dropout_p, seed)
+        y, z = _forward(x, weight, bias, left, core, right, scale, shift, dropout_p, seed)
         ctx.save_for_backward(x, weight, left, core, right, z, seed)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.scale, ctx.shift, ctx.dropout_p = scale, shift, dropout_p
         return y
 
     @staticmethod
@@ -241,7 +247,7 @@ class _ThreeFactorLinear(torch.autograd.Function):
             if any(wanted):
                 run = _backward_native if eager(flat_dy, flat_x, left) and _native.serves(x.device) else _backward_op
                 dx, dleft, dcore, dright = run(
-                    flat_dy, flat_x, weight, left, core, right, z, ctx.scale, ctx.dropout_p, seed, wanted
+                    flat_dy, flat_x, weight, left, core, right, z, ctx.scale, ctx.shift, ctx.dropout_p, seed, wanted
                 )
             return (
                 dx.view(x.shape) if needs[0] else None,  # type: ignore[union-attr]
@@ -250,7 +256,7 @@ class _ThreeFactorLinear(torch.autograd.Function):
                 dleft if needs[3] else None,
                 dcore if needs[4] else None,
                 dright if needs[5] else None,
-                *(None,) * 3,
+                *(None,) * 4,
             )
 
 
@@ -266,7 +272,7 @@ def _differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     # Views: where one argument depends on another, grad() would else count that path twice.
     views = [None if v is None else v.view_as(v) for v in (x, weight, left, core, right)]
-    y = seeded_three_factor_linear(views[0], views[1], views[2], views[3], views[4], None, ctx.scale, ctx.dropout_p, seed)  # type: ignore[arg-type]
+    y = seeded_three_factor_linear(views[0], views[1], views[2], views[3], views[4], None, ctx.scale, ctx.shift, ctx.dropout_p, seed)  # type: ignore[arg-type]
     needs = ctx.needs_input_grad
     order = (needs[0], needs[1], needs[3], needs[4], needs[5])
     inputs: list[Any] = [v for v, need in zip(views, order, strict=True) if need]
@@ -280,7 +286,7 @@ def _differentiable_gradients(
         dleft,
         dcore,
         dright,
-        *(None,) * 3,
+        *(None,) * 4,
     )
 
 
@@ -295,6 +301,7 @@ def _check(
     right: Tensor,
     bias: Tensor | None,
     scale: float,
+    shift: float,
     dropout_p: float,
 ) -> None:
     op = "three_factor_linear"
@@ -341,6 +348,8 @@ def _check(
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move it with .to()")
     if isinstance(scale, Tensor):
         raise TypeError(f"{op}: scale must be a number, got a tensor; it has no gradient: multiply left by it")
+    if shift and (core is None or not core.shape[0]):
+        raise ValueError(f"{op}: shift is subtracted from the product of the cores, and there is no core; got shift={shift}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"{op}: dropout_p must be from 0 to 1, got {dropout_p}")
 
@@ -362,11 +371,12 @@ def three_factor_linear(
     *,
     bias: Tensor | None = None,
     scale: float = 1.0,
+    shift: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
     r"""Apply a linear layer plus a low-rank three-factor update.
 
-    .. math:: y = x W^T + b + s\,(((\mathrm{drop}(x) R^T) C^T) L^T), \qquad C = core_{L-1} \cdots core_0
+    .. math:: y = x W^T + b + s\,(((\mathrm{drop}(x) R^T) C^T) L^T), \qquad C = core_{L-1} \cdots core_0 - \tau I
 
     Args:
         x: ``(*, in_features)``; float32, float64, bfloat16 or float16.
@@ -376,6 +386,7 @@ def three_factor_linear(
         right: ``(rank, in_features)`` R.
         bias: ``(out_features,)`` in the dtype of x, or None.
         scale: s, a number.
+        shift: tau, a number: what the product of the cores starts as, say, so that the update starts at zero.
         dropout_p: probability to drop an element of x before R, rounded to a multiple of 1 / 65536; the others are divided by
             the probability to stay. The caller passes 0 outside training.
 
@@ -409,12 +420,12 @@ def three_factor_linear(
         if left.dtype not in FACTOR_TYPES.get(x.dtype, (left.dtype,)):
             left, core, right = _autocast(left, core, right)  # type: ignore[assignment]
         with torch.autocast(device_type, enabled=False):
-            return three_factor_linear(x, weight, left, core, right, bias=bias, scale=scale, dropout_p=dropout_p)
-    _check(x, weight, left, core, right, bias, scale, dropout_p)
+            return three_factor_linear(x, weight, left, core, right, bias=bias, scale=scale, shift=shift, dropout_p=dropout_p)
+    _check(x, weight, left, core, right, bias, scale, shift, dropout_p)
     seed = dropout_seed(x.device) if dropout_p and drop_threshold(dropout_p) else None
     if functorch_active() or forward_ad_active():
-        return seeded_three_factor_linear(x, weight, left, core, right, bias, scale, dropout_p, seed)
+        return seeded_three_factor_linear(x, weight, left, core, right, bias, scale, shift, dropout_p, seed)
     arguments = (x, weight, bias, left, core, right)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
-        return _ThreeFactorLinear.apply(*arguments, scale, dropout_p, seed)
-    return _forward(*arguments, scale, dropout_p, seed)[0]
+        return _ThreeFactorLinear.apply(*arguments, scale, shift, dropout_p, seed)
+    return _forward(*arguments, scale, shift, dropout_p, seed)[0]

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def core_product(core: Tensor | None) -> Tensor | None:
-    """``core[L-1] @ ... @ core[0]`` of a ``(L, k, k)`` core; None (the identity) for no core or L = 0."""
+def core_product(core: Tensor | None, shift: float = 0.0) -> Tensor | None:
+    """``core[L-1] @ ... @ core[0] - shift I`` of a ``(L, k, k)`` core; None (the identity) for no core or L = 0."""
     if core is None or core.shape[0] == 0:
         return None
     first, *others = core.unbind()
     for layer in others:
         first = layer @ first
-    return first
+    return first if shift == 0 else first - shift * torch.eye(len(first), dtype=first.dtype, device=first.device)
 
 
 def core_gradients(core: Tensor, grad_product: Tensor) -> Tensor:

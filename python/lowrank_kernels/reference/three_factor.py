@@ -1,6 +1,6 @@
 """Reference of the three-factor linear layer, in plain PyTorch: specification, test oracle, bench baseline and fallback.
 
-    y = x W^T + b + s * (((drop(x) R^T) C^T) L^T),    C = core[L-1] @ ... @ core[0]
+    y = x W^T + b + s * (((drop(x) R^T) C^T) L^T),    C = core[L-1] @ ... @ core[0] - shift I
 
 Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4; without a core it is LoRA (Hu et al., arXiv:2106.09685).
 """
@@ -25,11 +25,12 @@ def three_factor_linear(
     *,
     bias: Tensor | None = None,  # (M,)
     scale: float = 1.0,
+    shift: float = 0.0,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """A linear layer plus a low-rank three-factor update; see :func:`lowrank_kernels.ops.three_factor_linear`."""
     seed = dropout_seed(x.device) if drop_threshold(dropout_p) > 0 else None
-    return seeded_three_factor_linear(x, weight, left, core, right, bias, scale, dropout_p, seed)
+    return seeded_three_factor_linear(x, weight, left, core, right, bias, scale, shift, dropout_p, seed)
 
 
 def seeded_three_factor_linear(
@@ -40,13 +41,14 @@ def seeded_three_factor_linear(
     right: Tensor,
     bias: Tensor | None,
     scale: float,
+    shift: float,
     dropout_p: float,
     seed: Tensor | None,  # (1,) int64; None without dropout
 ) -> Tensor:
     """:func:`three_factor_linear` with the dropout mask of a given seed. Factors are used in the dtype of x."""
     dropped = x if seed is None else x * dropout_mask(seed, x, dropout_p)
     z = F.linear(dropped, right.to(x.dtype))  # (*, k)
-    product = core_product(core)
+    product = core_product(core, shift)
     if product is not None:
         z = F.linear(z, product.to(x.dtype))
     y = scale * F.linear(z, left.to(x.dtype))  # (*, M)
