@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from lowrank_kernels.finetuning import plots, results
 from lowrank_kernels.finetuning.results import Row, markdown, number, spread
 
 MEASURE = "pearson"
-COMPARED = ("head", "lora-paper", "peft-lora", "loraplus", "deeplora", "randlora")
-SWEPT = ("lora-paper", "peft-lora", "deeplora")  # over the ranks
+DEEP = ("deeplora", "deeplora-paper")
+COMPARED = ("head", "lora-paper", "peft-lora", "loraplus", *DEEP, "randlora")
+SWEPT = ("lora-paper", *DEEP)  # over the ranks
 SCHEDULE_WORDS = {"constant": "constant rates", "linear": "rates that fall to zero in a line"}
 CHANGED = ("gamma", "init_scale", "adam_eps", "outer", "depth")  # one at a time
 
@@ -28,7 +29,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
     ablated = again(row for row in rows if row.method.startswith("deeplora") and default_but(row, *CHANGED))
     figures = docs / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    ranked = [row for row in main if row.method in ("lora-paper", "deeplora") or row is best_peft(main)]
+    ranked = [row for row in main if row.method in ("lora-paper", *DEEP) or row is best_peft(main)]
     pictures = {
         "finetuning_curves.png": plots.learning_curves(main, MEASURE),
         "finetuning_ranks.png": plots.rank_histogram(ranked),
@@ -126,62 +127,67 @@ def differences(a: Row, b: Row) -> list[float] | None:
 
 
 def claims(main: Sequence[Row], swept: Sequence[Row], times: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Every claim with its limit, what was measured, and whether it is met."""
-    deep, paper, head, peft = (one(main, name) for name in ("deeplora", "lora-paper", "head", "peft-lora"))
-    peft = best_peft(main)
-    values, lines = deep.values(MEASURE), []
+    """Every claim with its limit, what was measured, and whether it is met; the paper's claims for both modes of Deep LoRA."""
+    paper, head, peft = one(main, "lora-paper"), one(main, "head"), best_peft(main)
+    lines: list[list[str]] = []
 
     def add(claim: str, limit: str, measured: str, met: bool | None) -> None:
         lines.append([claim, limit, measured, "reported" if met is None else "met" if met else "**not met**"])
 
-    add(
-        f"Deep LoRA learns the task (head only: {listed(head.values(MEASURE))})",
-        "at least 0.79 on each seed",
-        listed(values),
-        all(value is not None and value >= 0.79 for value in values),
-    )
-    gain = differences(deep, paper)
-    met = gain is not None and statistics.fmean(gain) >= 0.005 and min(gain) > 0
-    add("Deep LoRA is better than the paper's LoRA", "mean at least +0.005, each seed above 0", listed(gain, "+.3f"), met)
-    add(
-        f"Deep LoRA minus PEFT's LoRA at its best rate ({peft.options['lr']:g})",
-        "-",
-        listed(differences(deep, peft), "+.3f"),
-        None,
-    )
-    used, deep_used = paper.mean("mean_rank"), deep.mean("mean_rank")
+    for method in DEEP:
+        deep, title = one(main, method), results.METHODS[method].title
+        values = deep.values(MEASURE)
+        add(
+            f"{title} learns the task (head only: {listed(head.values(MEASURE))})",
+            "at least 0.79 on each seed",
+            listed(values),
+            all(value is not None and value >= 0.79 for value in values),
+        )
+        gain = differences(deep, paper)
+        met = gain is not None and statistics.fmean(gain) >= 0.005 and min(gain) > 0
+        add(f"{title} is better than the paper's LoRA", "mean at least +0.005, each seed above 0", listed(gain, "+.3f"), met)
+        best = f"PEFT's LoRA at its best rate ({peft.options['lr']:g})"
+        add(f"{title} minus {best}", "-", listed(differences(deep, peft), "+.3f"), None)
+        used = deep.mean("mean_rank")
+        add(
+            f"{title} uses few singular values", "0.7 to 2.5 of 8", number(used, ".2f"), used is not None and 0.7 <= used <= 2.5
+        )
+        stable = (number(row.mean("mean_stable_rank"), ".2f") for row in (deep, peft))
+        add(f"Stable rank of its update, beside that of {best}", "-", " beside ".join(stable), None)
+        add_sweep(
+            add, title, [row for row in swept if row.method == method], [row for row in swept if row.method == "lora-paper"]
+        )
+    used = paper.mean("mean_rank")
     add("The paper's LoRA uses its whole rank", "at least 7.5 of 8", number(used, ".2f"), used is not None and used >= 7.5)
-    add(
-        "Deep LoRA uses little of it", "0.7 to 2.5 of 8", number(deep_used, ".2f"),
-        deep_used is not None and 0.7 <= deep_used <= 2.5,
-    )  # fmt: skip
-    deeps = [row for row in swept if row.method == "deeplora"]
-    ratios = [value for row in deeps for value in row.values("largest_ratio")]
+    for entry in times:
+        ratio = entry["runs"][0]["ratio"]
+        base = entry["base_dtype"]
+        add(f"A step of Deep LoRA takes no longer than PEFT's, {base} base", "at most 1.00", f"{ratio:.3f}", ratio <= 1)
+    return lines
+
+
+def add_sweep(add: Callable[[str, str, str, bool | None], None], title: str, deep: Sequence[Row], paper: Sequence[Row]) -> None:
+    """What is claimed over the ranks."""
+    if not deep or not paper:
+        return
+    ranks = f"ranks {', '.join(str(row.options['rank']) for row in deep)}"
+    ratios = [value for row in deep for value in row.values("largest_ratio")]
     largest = None if None in ratios else max(value for value in ratios if value is not None)
-    diverged = sum(row.diverged for row in deeps)
+    diverged = sum(row.diverged for row in deep)
     add(
-        "Deep LoRA does not diverge at any rank", "no run, s1(Δ) at most 5 s1(W)",
+        f"{title} does not diverge, {ranks}", "no run, s1(Δ) at most 5 s1(W)",
         f"{diverged} runs, at most {number(largest, '.2g')} s1(W)", diverged == 0 and largest is not None and largest <= 5,
     )  # fmt: skip
-    ours, theirs = (width([row for row in swept if row.method == name]) for name in ("deeplora", "lora-paper"))
+    ours, theirs = width(deep), width(paper)
     add(
         "Its accuracy depends less on the rank than the paper's LoRA's", "smaller spread", f"{number(ours)} against "
         f"{number(theirs)}", ours is not None and theirs is not None and ours < theirs,
     )  # fmt: skip
-    moved = [row.mean("moved") for row in deeps]
+    moved = [row.mean("moved") for row in deep]
     add(
         "while its layers do move", "at least half of them at each rank", ", ".join(f"{100 * (m or 0):.0f} %" for m in moved),
         all(m is not None and m >= 0.5 for m in moved),
     )  # fmt: skip
-    for entry in times:
-        ratio = entry["runs"][0]["ratio"]
-        add(
-            f"A step of Deep LoRA takes no longer than PEFT's, {entry['base_dtype']} base",
-            "at most 1.00",
-            f"{ratio:.3f}",
-            ratio <= 1,
-        )
-    return lines
 
 
 def listed(values: Sequence[float | None] | None, form: str = ".3f") -> str:

@@ -29,7 +29,7 @@ from lowrank_kernels.finetuning.view import minutes, summary
 
 HERE = Path(__file__).resolve().parent
 RATES = "peft-lora:lr=1e-4/3e-4/1e-3/3e-3"
-ALL = ("head", "lora-paper", RATES, "loraplus", "deeplora", "randlora")
+DEEP = ("deeplora", "deeplora-paper")
 RANKS = "rank=2/8/32/64"
 
 
@@ -45,28 +45,38 @@ class Experiment:
     seeds: int
 
 
+def few_shot(samples: int, steps: int) -> Experiment:
+    methods = ("head", "lora-paper", "peft-lora:lr=1e-4/1e-3", "loraplus", *DEEP, "randlora")
+    return Experiment("few_shot", "siamese", methods, samples, steps, 3)
+
+
 EXPERIMENTS = (
-    Experiment("cross", "cross", ALL, 1024, 300, 2),
-    Experiment("cross", "cross", (f"lora-paper:{RANKS}", f"peft-lora:{RANKS}", f"deeplora:{RANKS}"), 1024, 300, 2),
-    Experiment("few_shot", "siamese", ALL, 16, 100, 3),
-    Experiment("few_shot", "siamese", ALL, 64, 130, 3),
-    Experiment("few_shot", "siamese", ALL, 256, 160, 3),
+    Experiment("cross", "cross", ("head", "lora-paper", RATES, *DEEP), 1024, 300, 2),
+    Experiment("cross", "cross", tuple(f"{method}:{RANKS}" for method in ("lora-paper", *DEEP)), 1024, 300, 1),
+    few_shot(16, 100),
+    few_shot(64, 130),
+    few_shot(256, 160),
     Experiment(
         "cross",
         "cross",
         (
-            "deeplora:gamma=0/1",
-            "deeplora:init_scale=1e-2/1e-1",
-            "deeplora:adam_eps=1e-8",
+            "deeplora:gamma=0/1e-2/1",
+            "deeplora:init_scale=0.25/1",
             "deeplora:outer=sgd,gamma=10",
             "deeplora:depth=2/4",
             "deeplora-random",
+            "deeplora-paper:gamma=0/1",
+            "deeplora-paper:init_scale=1e-2",
+            "deeplora-paper:adam_eps=1e-8",
+            "deeplora-paper-random",
+            "deeplora-full",
+            "loraplus",
+            "randlora",
         ),
         1024,
         300,
-        2,
+        1,
     ),
-    Experiment("cross", "cross", ("deeplora-full",), 1024, 300, 1),
 )
 EVAL_EVERY = {"cross": 50, "few_shot": 40}
 CURVE_SAMPLES = 128  # dev pairs of a point of a curve; the end is measured on all

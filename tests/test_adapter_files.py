@@ -416,6 +416,19 @@ def test_file_of_another_model(tmp_path, saved):
     refuse(wider, path, "'first': .*got Tanh; 'second' must be Conv2d 4x1x3x3, is Conv2d 4x1x9x1; 'block.up'")
 
 
+def test_a_file_whose_length_of_header_looks_like_a_pickle_is_read(tmp_path):
+    """Pickles begin with 0x80, and so does a safetensors file where its header has 0x..80 bytes: one file in 32."""
+    path = tmp_path / "a.safetensors"
+    for length in range(1, 260):
+        model = put(Host(), NAMES[:1], adapter="a" * length)
+        save_adapter(model, path, overwrite=True)
+        if path.read_bytes()[0] == 0x80:
+            load_adapter(other := Host(), path)
+            assert_same_adapter(model, other, "a" * length)
+            return
+    pytest.fail("no header of such a length")
+
+
 def test_model_adapted_otherwise(tmp_path, saved):
     path = tmp_path / "a.safetensors"
     path.write_bytes(saved)
@@ -426,9 +439,15 @@ def test_model_adapted_otherwise(tmp_path, saved):
     refuse(put(Host(), scale=2.0), path, r"saved with scale 1.5, not 2.0; delete_adapter\(model, 'default'\) first")
     refuse(put(Host(), rank=2), path, "saved with rank 3, not 2")
     refuse(Host().to("meta"), path, "'embed' is on the meta device")
-    retuned = put(Host(), dropout=0.5, init_scale=0.1)
+    refuse(put(Host(), mode="paper"), path, "saved with mode aligned, not paper")
+    refuse(put(Host(), init_scale=0.1), path, "saved with init_scale 0.4, not 0.1")  # what the update is counted from
+    retuned = put(Host(), dropout=0.5)
     load_adapter(retuned, path)
     assert retuned.embed.adapters["default"].dropout == 0.5
+    save_adapter(put(Host(), mode="paper"), path, overwrite=True)
+    retuned = put(Host(), mode="paper", init_scale=0.1)
+    load_adapter(retuned, path)
+    assert retuned.embed.adapters["default"].init_scale == 0.1
 
 
 # ---------------------------------------------------------------------- plain LoRA

@@ -682,7 +682,7 @@ def test_meta_models_are_adapted_on_meta_and_filled_later():
 def test_an_adapted_model_trains(method):
     model, target = Model(), torch.randint(3, (40,), generator=torch.Generator().manual_seed(0))
     frozen = copy.deepcopy(model.state_dict())
-    lrk.adapt(model, rank=2, method=method, init_scale=0.5, target_modules=["query", "value", "embed", "conv"])
+    lrk.adapt(model, rank=2, method=method, target_modules=["query", "value", "embed", "conv"])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(30):

@@ -49,7 +49,7 @@ def with_values(layer, values, adapter="default"):
 
 
 def deep(out_features=9, in_features=7, rank=4, values=(1.0, 0.5), dtype=torch.float64):
-    return with_values(DeepLoRALinear(nn.Linear(in_features, out_features, dtype=dtype), rank), values)
+    return with_values(DeepLoRALinear(nn.Linear(in_features, out_features, dtype=dtype), rank, mode="paper"), values)
 
 
 # ---------------------------------------------------------------------- values
@@ -101,10 +101,12 @@ def test_ranks_count_what_lies_above_the_thresholds():
 
 
 def test_an_untouched_deep_lora_update_has_no_rank():
-    row = rank_report(DeepLoRALinear(nn.Linear(30, 20), 8)).layers[0]
+    row = rank_report(DeepLoRALinear(nn.Linear(30, 20), 8, mode="paper")).layers[0]
     assert row.norm == pytest.approx(1e-9, rel=1e-4)
     assert (row.absolute_rank, row.relative_rank) == (0, 0)
     assert row.stable_rank == pytest.approx(8, rel=1e-4)
+    row = rank_report(DeepLoRALinear(nn.Linear(30, 20), 8)).layers[0]
+    assert (row.norm, row.absolute_rank, row.stable_rank, row.note) == (0, 0, 0, "zero update")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

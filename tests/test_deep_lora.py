@@ -83,7 +83,9 @@ def test_first_losses_are_those_of_the_reference(
 def test_the_start_is_the_base_model_up_to_the_initial_product(task: tuple[Transformer, Tensor, Tensor]) -> None:
     model, tokens, labels = task
     before = model(tokens)
-    deep = adapted(model, tokens, labels, init_scale=1e-3)
+    aligned = adapted(model, tokens, labels)
+    assert torch.equal(aligned(tokens), before)
+    deep = adapted(model, tokens, labels, mode="paper", init_scale=1e-3)
     for layer in lrk.adapter_layers(deep).values():
         assert torch.linalg.matrix_norm(layer.get_delta_weight("default").double(), 2).item() == pytest.approx(1e-9, rel=1e-3)
     torch.testing.assert_close(deep(tokens), before, atol=1e-6, rtol=0)

@@ -21,8 +21,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def wrap(base, rank=4, depth=3, **options):
-    return layer_class(base).from_module(base, rank, depth, **options)
+def wrap(base, rank=4, depth=3, mode="paper", **options):
+    return layer_class(base).from_module(base, rank, depth, mode=mode, **options)
 
 
 def layers(model):
@@ -46,7 +46,7 @@ def angle(a, b):
 class Net(nn.Module):
     """Ids to vectors through every host, with dropout and something in place."""
 
-    def __init__(self, dtype=torch.float64, rank=4, seed=0):
+    def __init__(self, dtype=torch.float64, rank=4, seed=0, mode="paper"):
         super().__init__()
         torch.manual_seed(seed)
         conv1d_type = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -58,7 +58,7 @@ class Net(nn.Module):
         self.to(dtype)
         for name, module in list(self.named_children()):
             if name not in ("drop", "head"):
-                setattr(self, name, wrap(module, rank, generator=generator(seed)))
+                setattr(self, name, wrap(module, rank, mode=mode, generator=generator(seed)))
 
     def forward(self, ids, how=None):
         x = self.embed(ids)
@@ -100,7 +100,7 @@ def true_gradients(model, loss):
 
 def check_against(model, gradients, tolerance):
     for name, layer in layers(model).items():
-        left, core, right, _ = layer.factors("default")
+        left, core, right, *_ = layer.factors("default")
         rank = len(right)
         u, _, vh = torch.linalg.svd(gradients[name])
         assert angle(u[:, : rank // 2], left.detach()) < tolerance, name
@@ -133,6 +133,33 @@ def test_every_host_starts_at_the_top_singular_vectors_of_its_gradient(dtype, el
     assert "conv2d" in str(report)
 
 
+def test_aligned_frames_are_the_gradient_s_singular_vectors_and_its_cores_fall_along_them():
+    model, ids = net(mode="aligned")
+    gradients = true_gradients(model, lambda model: loss_of(model, ids))
+    before = model.eval()(ids)
+    report = compress_(model, lambda: loss_of(model, ids), iterations=4)
+    assert torch.equal(model(ids), before)  # the update is zero
+    loss_of(model, ids).backward()
+    for row, (name, layer) in zip(report.layers, layers(model).items(), strict=True):
+        left, core, right, scale, _ = layer.factors("default")
+        u, s, vh = torch.linalg.svd(gradients[name])
+        k, eps = len(right), layer.adapters["default"].init_scale
+        assert (row.rank, row.directions) == (k, k)
+        assert angle(u[:, :k], left.detach()) < 1e-6, name
+        assert angle(vh[:k].t(), right.detach().t()) < 1e-6, name
+        wanted = torch.diag(-scale * eps ** (len(core) - 1) * s[:k])  # of every core: it grows, the strongest direction first
+        for grad in core.grad if core.grad is not None else layer.core["default"].grad:
+            torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-6 * float(s[0]))
+
+
+def test_aligned_takes_odd_ranks_and_keeps_its_scale():
+    layer = wrap(nn.Linear(9, 7).double(), 5, mode="aligned")
+    x = torch.randn(20, 9, generator=generator(), dtype=torch.float64)
+    assert compress_(layer, lambda: layer(x).square().sum()).layers[0].directions == 5
+    with pytest.raises(ValueError, match=r"init_scale belongs to mode='paper', got 0.1"):
+        compress_(layer, lambda: layer(x).square().sum(), init_scale=0.1)
+
+
 def decaying(m, n, tokens, seed=0):
     """x, dy with ``dy^T x`` of singular values 2^-i."""
     g, count = generator(seed), min(m, n)
@@ -147,7 +174,7 @@ def test_a_decaying_spectrum_is_found_to_rounding(shape):
     layer = wrap(nn.Linear(shape[1], shape[0]).double(), 8)
     report = compress_(layer, lambda: (layer(x) * dy).sum())
     assert report.layers[0].singular_values[:4] == pytest.approx([1, 0.5, 0.25, 0.125], rel=1e-9)
-    left, _, right, _ = layer.factors("default")
+    left, _, right, *_ = layer.factors("default")
     assert angle(u[:, :4], left.detach()) < 1e-8
     assert angle(v[:, :4], right.detach().t()) < 1e-8
 
@@ -158,7 +185,7 @@ def test_a_square_layer_spans_the_paper_s_three_svd_construction():
     x, dy, _, _ = decaying(d, d, 50)
     layer = wrap(nn.Linear(d, d).double(), 2 * r, depth, init_scale=eps)
     compress_(layer, lambda: (layer(x) * dy).sum())
-    left, _, right, _ = (value.detach() if isinstance(value, torch.Tensor) else value for value in layer.factors("default"))
+    left, _, right, *_ = (value.detach() if isinstance(value, torch.Tensor) else value for value in layer.factors("default"))
     outside_left, outside_right = torch.linalg.svd(left).U[:, 2 * r :], torch.linalg.svd(right).Vh[2 * r :]
     orthogonal = left @ right + outside_left @ outside_right
     factors = paper.orthogonal_factors(depth - 1, d, eps, generator=generator(5))

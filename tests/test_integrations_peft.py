@@ -131,7 +131,7 @@ def test_layers_belong_to_both_sides():
 def test_the_start_is_that_of_deep_lora():
     model = wrapped(bert(torch.bfloat16), init_weights=True, depth=3, init_scale=1e-2)
     for layer in layers(model).values():
-        left, core, right, scale = layer.factors("default")
+        left, core, right, scale, _ = layer.factors("default")
         eye = torch.eye(4)
         assert left.dtype == torch.float32
         for frame in (left.t() @ left, right @ right.t()):
@@ -264,8 +264,9 @@ def test_compression_on_a_batch_and_on_a_loader(dtype):
         assert f"base_model.model.{ours.name}" == theirs.name
         assert torch.allclose(torch.tensor(ours.singular_values), torch.tensor(theirs.singular_values), rtol=0.05)
     assert all(p.requires_grad == ("deeplora" in n or "modules_to_save" in n) for n, p in stock.named_parameters())
+    lrk.compress_(wrapped(r=3), [batch])
     with pytest.raises(ValueError, match="rank must be even"):
-        lrk.compress_(wrapped(r=3), [batch])
+        lrk.compress_(wrapped(r=3, mode="paper"), [batch])
 
 
 def test_adapters_of_different_layers():

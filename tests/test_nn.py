@@ -155,15 +155,18 @@ def test_linear_is_one_call_of_the_op(kind, transposed, monkeypatch):
     assert calls[1:] == [((14, 9), True), (None, False)]
 
 
+@pytest.mark.parametrize("mode", ["aligned", "paper"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("name", ["linear-up", "embedding", "conv2d"])
-def test_every_depth(name, depth):
+def test_every_depth(name, depth, mode):
     base, x, plain = host(name)
-    layer = wrap(base, depth=depth)
-    left, core, right, scale = layer.factors("default")
+    layer = wrap(base, depth=depth, mode=mode)
+    left, core, right, scale, shift = layer.factors("default")
+    assert shift == (0.0 if mode == "paper" else 0.4**depth)
     product = torch.eye(3, dtype=torch.float64)
     for inner in core:
         product = inner @ product
+    product = product - shift * torch.eye(3, dtype=torch.float64)
     delta = layer.get_delta_weight("default")
     matrix = delta.t() if name == "embedding" else delta.reshape(layer.matrix_shape)
     assert torch.allclose(matrix, scale * left @ product @ right, rtol=1e-12, atol=1e-14)
@@ -205,7 +208,7 @@ def test_lora_is_the_lora_of_peft(name):
     layer = wrap(copy.deepcopy(base), "lora", 3)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], fan_in_fan_out=name == "Conv1D")
     theirs = peft.inject_adapter_in_model(config, nn.Sequential(base)).double()
-    adapted, (left, _, right, scale) = theirs[0], layer.factors("default")
+    adapted, (left, _, right, scale, _) = theirs[0], layer.factors("default")
     assert adapted.scaling["default"] == scale
     if name == "embedding":
         a, b = adapted.lora_embedding_A["default"], adapted.lora_embedding_B["default"]
@@ -227,14 +230,43 @@ def test_lora_is_the_lora_of_peft(name):
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (7, 7)], ids=str)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_deep_start_is_init_scale_to_the_depth(shape, depth):
-    layer = DeepLoRALinear(nn.Linear(shape[1], shape[0]).double(), 5, depth, init_scale=0.1, scale=2.0, generator=generator())
-    left, _, right, _ = layer.factors("default")
+    base = nn.Linear(shape[1], shape[0]).double()
+    layer = DeepLoRALinear(base, 5, depth, mode="paper", init_scale=0.1, scale=2.0, generator=generator())
+    left, _, right, *_ = layer.factors("default")
     eye = torch.eye(5, dtype=torch.float64)
     assert torch.allclose(left.t() @ left, eye, atol=1e-12)
     assert torch.allclose(right @ right.t(), eye, atol=1e-12)
     delta = layer.get_delta_weight("default")
     assert torch.allclose(delta, 2 * 0.1**depth * left @ right, rtol=1e-12, atol=1e-15)
     assert float(torch.linalg.matrix_norm(delta.detach(), 2)) == pytest.approx(2 * 0.1**depth, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["linear-up", "linear-down", "Conv1D", "embedding", "conv2d"])
+def test_deep_lora_starts_at_zero_with_a_gradient_that_is_not_small(name, depth, dtype):
+    """Factors of the layer's own dtype: the product of cores is exact there too."""
+    base, x, _ = host(name, dtype)
+    before = base(x)
+    layer = layer_class(base)(base, 3, depth, dtype=dtype)
+    y = layer(x)
+    assert torch.equal(y, before)
+    assert not layer.get_delta_weight("default").any()
+    y.float().square().sum().backward()
+    assert not layer.left["default"].grad.any()
+    assert not layer.right["default"].grad.any()
+    steepest = layer.factors("default").left.detach().float().norm() * layer.right["default"].detach().float().norm()
+    assert layer.core["default"].grad.float().norm() > 1e-2 * steepest
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6])
+def test_default_scale_by_mode_and_depth(depth):
+    layer = DeepLoRALinear(nn.Linear(6, 5), 2, depth)
+    eps = layer.adapters["default"].init_scale
+    assert eps == (1.0 if depth == 1 else pytest.approx((0.75 / depth) ** (1 / (depth - 1)), abs=1 / 128))
+    assert DeepLoRALinear(nn.Linear(6, 5), 2, depth, mode="paper").adapters["default"].init_scale == 1e-3
+    with pytest.raises(ValueError, match="mode must be 'aligned' or 'paper', got 'fast'"):
+        DeepLoRALinear(nn.Linear(6, 5), 2, depth, mode="fast")
 
 
 @pytest.mark.parametrize("method", ["lora", "randlora"])
@@ -467,7 +499,7 @@ def test_a_base_layer_parametrized_later_is_used_as_it_is():
 
 
 def test_embedding_keeps_the_padding_row_out_of_training():
-    layer = DeepLoRAEmbedding(nn.Embedding(10, 6, padding_idx=3).double(), 2, init_scale=1.0)
+    layer = DeepLoRAEmbedding(nn.Embedding(10, 6, padding_idx=3).double(), 2, mode="paper", init_scale=1.0)
     layer(torch.tensor([1, 3, 3, 5])).sum().backward()
     touched = layer.right["default"].grad.abs().sum(0).nonzero().flatten()
     assert touched.tolist() == [1, 5]

@@ -93,12 +93,38 @@ def test_rates_of_deep_lora():
         assert got[name]["name"] == group
         assert got[name]["lr"] == pytest.approx(rate), name
         assert got[name]["weight_decay"] == (0.0 if group == "other.vectors" else 0.3)
-        assert got[name].get("eps") == (1e-6 if group.startswith("deeplora") else None)
+        assert "eps" not in got[name]  # that of the optimizer
     flat = by_parameter(model, parameter_groups(model, 2e-2, reference_rank=None))
     assert flat["deep.core.default"]["lr"] == 2e-2
     wider = by_parameter(model, parameter_groups(model, 2e-2, reference_rank=16))
     assert wider["deep.core.default"]["lr"] == pytest.approx(5e-3)
     assert wider["deep_words.core.default"]["lr"] == 2e-2
+
+
+def test_modes_have_their_own_gamma_and_epsilon():
+    model = nn.ModuleDict({mode: DeepLoRALinear(nn.Linear(8, 8), 4, mode=mode) for mode in ("aligned", "paper")})
+    groups = {group["name"]: group for group in parameter_groups(model)}
+    rates = {name: (group["lr"], group.get("eps")) for name, group in groups.items()}
+    assert rates == {
+        "deeplora.core.4": (1e-2, None),
+        "deeplora.outer": (pytest.approx(1e-3), None),
+        "deeplora.core.4.paper": (1e-2, 1e-6),
+        "deeplora.outer.paper": (pytest.approx(1e-4), 1e-6),
+    }
+    assert {group["name"] for group in parameter_groups(model["paper"])} == {"deeplora.core.4", "deeplora.outer"}
+
+
+@pytest.mark.parametrize(("epochs", "factor"), [(None, 1.0), (0.5, 1.0), (5, 1.0), (10, 0.25), (100, 0.0025)])
+def test_many_epochs_lower_the_rates_of_the_aligned_mode_only(epochs, factor):
+    model = nn.ModuleDict({mode: DeepLoRALinear(nn.Linear(16, 16), 16, mode=mode) for mode in ("aligned", "paper")})
+    model["head"] = nn.Linear(16, 2)
+    rates = {group["name"]: group["lr"] for group in parameter_groups(model, 2e-2, epochs=epochs)}
+    assert rates["deeplora.core.16"] == pytest.approx(1e-2 * factor)
+    assert rates["deeplora.outer"] == pytest.approx(2e-3 * factor)
+    assert rates["deeplora.core.16.paper"] == pytest.approx(1e-2)
+    assert rates["other"] == 2e-2
+    with pytest.raises(ValueError, match="epochs must be a positive finite number, got 0"):
+        parameter_groups(model, epochs=0)
 
 
 def test_loraplus_rates_are_those_of_peft():
@@ -177,7 +203,7 @@ def test_nothing_to_train_is_refused():
 # ---------------------------------------------------------------------- training
 
 
-def regression(rank, width=72, true_rank=4):
+def regression(rank, width=72, true_rank=4, mode="paper"):
     """An adapted tanh network and data of the same network with its weights moved by a low-rank update."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 8))
@@ -186,7 +212,7 @@ def regression(rank, width=72, true_rank=4):
     for index in (0, 2):
         left, right = (torch.linalg.qr(torch.randn(width, true_rank, generator=generator(index + i))).Q for i in (0, 1))
         teacher[index].weight += left @ right.t()
-        model[index] = DeepLoRALinear(model[index], rank, generator=generator(index))
+        model[index] = DeepLoRALinear(model[index], rank, mode=mode, generator=generator(index))
     x = torch.randn(192, width, generator=generator(5))
     y = teacher(x)
     return model, lambda: 100 * F.mse_loss(model(x), y)
@@ -209,10 +235,19 @@ def dense_ratio(layer):
     )
 
 
-@pytest.mark.parametrize("rank", [8, 64])
-@pytest.mark.parametrize("lr", [1e-2, 1e-1])
-def test_training_does_not_diverge_with_the_default_groups(rank, lr):
-    model, loss = regression(rank)
+@pytest.mark.parametrize(
+    ("mode", "rank", "lr"),
+    [
+        ("aligned", 2, 1e-2),
+        ("aligned", 8, 1e-2),
+        ("aligned", 64, 1e-2),
+        ("paper", 8, 1e-1),
+        ("paper", 64, 1e-1),
+        ("paper", 64, 1e-2),
+    ],
+)
+def test_training_does_not_diverge_with_the_default_groups(mode, rank, lr):
+    model, loss = regression(rank, mode=mode)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr), weight_decay=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -366,7 +401,7 @@ def test_the_watch_looks_every_so_often_and_changes_nothing():
 
 
 def test_the_watch_reports_what_is_not_finite_and_skips_what_it_cannot_compare():
-    model = nn.ModuleDict({name: DeepLoRALinear(nn.Linear(6, 6), 2) for name in ("bad", "zero", "idle", "fine")})
+    model = nn.ModuleDict({name: DeepLoRALinear(nn.Linear(6, 6), 2, mode="paper") for name in ("bad", "zero", "idle", "fine")})
     model["rand"] = RandLoRALinear(nn.Linear(6, 6), 2)
     with torch.no_grad():
         model["bad"].core["default"][0, 0, 0] = math.nan

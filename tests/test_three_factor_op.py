@@ -81,7 +81,9 @@ def call(problem: ThreeFactorProblem, function: Callable[..., Tensor] = three_fa
     def run(*tensors: Tensor) -> Tensor:
         x, weight, left, core, right, bias = tensors
         torch.manual_seed(problem.seed)
-        return function(x, weight, left, core, right, bias=bias, scale=problem.scale, shift=problem.shift, dropout_p=problem.dropout_p)
+        return function(
+            x, weight, left, core, right, bias=bias, scale=problem.scale, shift=problem.shift, dropout_p=problem.dropout_p
+        )
 
     return run
 

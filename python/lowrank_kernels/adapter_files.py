@@ -194,7 +194,12 @@ def _wide(function: str, factors: Factors) -> tuple[torch.dtype, Tensor, Tensor,
     left, core, right = (None if value is None else value.detach().cpu().double() for value in factors[:3])
     assert left is not None
     assert right is not None
-    return torch.float64 if factors.left.dtype == torch.float64 else torch.float32, left, right, core_product(core, factors.shift)
+    return (
+        torch.float64 if factors.left.dtype == torch.float64 else torch.float32,
+        left,
+        right,
+        core_product(core, factors.shift),
+    )
 
 
 def _check_finite(function: str, kind: str, value: Tensor | None) -> None:
@@ -449,7 +454,7 @@ def _package_version() -> str:
 
 def _read(path: PathLike) -> _Saved:
     data = read_head(path, None)
-    if data.startswith((b"PK\x03\x04", b"\x80")):
+    if data.startswith((b"PK\x03\x04", b"\x80")) and data[8:9] != b"{":  # a safetensors header may be 0x..80 bytes long
         raise InputError(f"{path}: a pickle (torch.save); reading one can run code, only files of save_adapter are read")
     try:
         tensors = safetensors.torch.load(data)

@@ -614,7 +614,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Example:
         >>> import torch, lowrank_kernels as lrk
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(16, 32)), torch.ones(1, 16)
-        >>> before, report = model(x), lrk.adapt(model, rank=2, init_scale=1.0)
+        >>> before, report = model(x), lrk.adapt(model, rank=2, mode="paper", init_scale=1.0)
         >>> with lrk.disabled(model):
         ...     same = torch.equal(model(x), before)
         >>> same, torch.equal(model(x), before)

@@ -233,7 +233,7 @@ def rank_report(model: nn.Module, *, absolute: float = 1e-2, relative: float = 1
     Example:
         >>> import torch, lowrank_kernels as lrk
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
-        >>> _ = lrk.adapt(model, rank=2)
+        >>> _ = lrk.adapt(model, rank=2, mode="paper")
         >>> model[0].set_factors("default", torch.eye(4, 2), torch.eye(2).repeat(3, 1, 1), torch.eye(2, 6))
         >>> row = lrk.rank_report(model).layers[0]
         >>> row.singular_values, row.absolute_rank, row.stable_rank
@@ -279,7 +279,7 @@ def _layer_rank(name: str, layer: AdapterLayer, adapter: str, base: float, absol
 
 
 def update_singular_values(factors: Factors, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Singular values of ``scale * left @ (core[L-1] @ ... @ core[0] - shift I) @ right``, the largest first; NaN if not finite.
+    """Singular values of ``scale * left @ (core[L-1] ... core[0] - shift I) @ right``, the largest first; NaN if not finite.
 
     Example:
         >>> import torch

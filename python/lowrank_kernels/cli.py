@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from . import files
+from .cli_figures import figures_command
 from .cli_verify import verify_command
 from .finetuning.data import TASKS
 from .problems import Entries, Options, Problem, load
@@ -346,3 +347,4 @@ def _print(
 
 
 group.add_command(verify_command(_clean_errors))
+group.add_command(figures_command(_clean_errors))

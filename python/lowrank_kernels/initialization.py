@@ -2,8 +2,9 @@
 
 For an adapted linear layer that gradient is ``D = sum over tokens dy^T x``, (out, in). It is never formed: hooks see x and dy
 of each layer during one backward pass, a randomized range finder runs on the products ``D v = dy^T (x v)`` and
-``D^T u = x^T (dy u)`` at once, and only ``D ~ u diag(s) v^T`` stays, (out + in) (k + oversampling) numbers a layer. Then, per layer, ``left, right`` are the top k
-singular vectors (mode "aligned"), or the matched frames of the top k / 2 ones (mode "paper", :mod:`lowrank_kernels.compression`).
+``D^T u = x^T (dy u)`` at once, and only ``D ~ u diag(s) v^T`` stays, (out + in) (k + oversampling) numbers a layer. Then, per
+layer, ``left, right`` are the top k singular vectors (mode "aligned"), or the matched frames of the top k / 2 ones (mode
+"paper", :mod:`lowrank_kernels.compression`).
 
 x is kept through autograd's own saved tensors, so that gradient checkpointing holds: it is recomputed with its block.
 
@@ -118,10 +119,11 @@ def compress_(
         ``CompressionReport(adapter, losses, layers, processes)``.
 
     Raises:
-        ValueError: no Deep LoRA layer, an odd rank in the paper's mode, a loss that is no finite scalar or does not depend on the layers, layers
-            that the loss does not reach, a NaN or infinite gradient (the layer is named), no batches, merged adapters, an
-            unknown adapter, a model on the meta device; processes whose layers or arguments differ, a sharded model whose
-            processes have unequal numbers of batches. Nothing has been changed then, in any process: all of them raise.
+        ValueError: no Deep LoRA layer, an odd rank or ``init_scale`` in the wrong mode, a loss that is no finite scalar or does
+            not depend on the layers, layers that the loss does not reach, a NaN or infinite gradient (the layer is named), no
+            batches, merged adapters, an unknown adapter, a model on the meta device; processes whose layers or arguments
+            differ, a sharded model whose processes have unequal numbers of batches. Nothing has been changed then, in any
+            process: all of them raise.
         TypeError: batches of the wrong kind.
 
     Note:

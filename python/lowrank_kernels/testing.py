@@ -358,7 +358,12 @@ class ThreeFactorCase:
         lead = "x".join(map(str, self.lead)) or "none"
         extras = "w" * self.weight + "b" * self.bias
         parts = [SHORT[self.dtype], factors, f"T{lead}", f"N{self.n}", f"M{self.m}", f"K{self.k}"]
-        parts += [f"L{'none' if self.depth is None else self.depth}", extras, f"s{self.scale:g}" * (self.scale != 0.5), f"shift{self.shift:g}" * (self.shift != 0)]
+        parts += [
+            f"L{'none' if self.depth is None else self.depth}",
+            extras,
+            f"s{self.scale:g}" * (self.scale != 0.5),
+            f"shift{self.shift:g}" * (self.shift != 0),
+        ]
         return "-".join(part for part in (*parts, f"p{self.dropout_p:g}" * (self.dropout_p > 0)) if part)
 
     @property

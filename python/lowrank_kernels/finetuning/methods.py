@@ -38,6 +38,7 @@ class Setup:
     options: Mapping[str, Any]
     seed: int
     loss: Callable[[], Tensor]  # of the first batch
+    epochs: float = 1.0  # passes over the sample
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ OPTIONS: dict[str, Option] = {
     "ratio": Option(float, "a positive number", _positive),
     "dropout": Option(float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
     "reference_rank": Option(float, "a number, 0 for the same rate at every rank", lambda x: 0 <= x < math.inf),
+    "by_epochs": Option(
+        int, "1 for smaller rates where the data is seen more than 5 times, 0 for the same", lambda x: x in (0, 1)
+    ),
     "outer": Option(str, "adam or sgd", lambda x: x in ("adam", "sgd")),
 }
 
@@ -113,7 +117,8 @@ def _deep(setup: Setup, mode: str = "aligned", compressed: bool = True) -> Group
     if compressed:
         compress_(encoder, setup.loss, seed=setup.seed)
     reference = o["reference_rank"] or None
-    return parameter_groups(encoder, o["lr"], gamma=o["gamma"], reference_rank=reference, outer=o["outer"])
+    groups = {"gamma": o["gamma"], "reference_rank": reference, "epochs": setup.epochs if o["by_epochs"] else None}
+    return parameter_groups(encoder, o["lr"], outer=o["outer"], **groups)
 
 
 def _lora(setup: Setup) -> Groups:
@@ -191,9 +196,9 @@ def _full_width(setup: Setup) -> Groups:
 _LORA: dict[str, Value] = {"rank": 8, "lr": 1e-3, "alpha": 8.0, "dropout": 0.0, "adam_eps": 1e-8}
 _DEEP: dict[str, Value] = {
     "rank": 8, "depth": 3, "lr": 1e-2, "gamma": GAMMA["aligned"], "init_scale": 0.0, "dropout": 0.0, "adam_eps": 1e-8,
-    "outer": "adam", "reference_rank": 8.0,
+    "outer": "adam", "reference_rank": 8.0, "by_epochs": 1,
 }  # fmt: skip
-_PAPER: dict[str, Value] = {**_DEEP, "gamma": GAMMA["paper"], "init_scale": 1e-3, "adam_eps": ADAM_EPSILON}
+_PAPER: dict[str, Value] = {**_DEEP, "by_epochs": 0, "gamma": GAMMA["paper"], "init_scale": 1e-3, "adam_eps": ADAM_EPSILON}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -209,8 +214,10 @@ METHODS: dict[str, Method] = {
         Method("deeplora-random", "Deep LoRA, random subspace", lambda setup: _deep(setup, compressed=False), _DEEP),
         Method("deeplora-paper", "Deep LoRA as in the paper", lambda setup: _deep(setup, "paper"), _PAPER),
         Method(
-            "deeplora-paper-random", "Deep LoRA as in the paper, random subspace",
-            lambda setup: _deep(setup, "paper", compressed=False), _PAPER,
+            "deeplora-paper-random",
+            "Deep LoRA as in the paper, random subspace",
+            lambda setup: _deep(setup, "paper", compressed=False),
+            _PAPER,
         ),
         Method(
             "deeplora-full",

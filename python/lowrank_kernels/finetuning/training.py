@@ -92,8 +92,14 @@ class Trainee:
         labels = self.data.labels.to(next(encoder.parameters()).device)
         self.model = TextModel(bench.base, encoder, bench.settings.head, labels, len(sample.classes), run.seed)
         first = self.batch(0)
+        epochs = run.steps * min(bench.settings.batch, len(sample)) / len(sample)
         setup = Setup(
-            self.model, bench.base.linears, dict(run.options), run.seed, lambda: loss_of(self.model(first), first.labels)
+            self.model,
+            bench.base.linears,
+            dict(run.options),
+            run.seed,
+            lambda: loss_of(self.model(first), first.labels),
+            epochs,
         )
         groups: Groups = build(METHODS[run.method], setup)
         groups.append({"params": list(self.model.head.parameters()), "lr": bench.settings.head_lr, "name": "head"})

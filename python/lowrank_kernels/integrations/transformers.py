@@ -69,7 +69,7 @@ def trainer_optimizer(
         ...     args = TrainingArguments(folder, learning_rate=1e-2, use_cpu=True, report_to="none")
         ...     optimizer, scheduler = trainer_optimizer(model, args)
         >>> type(optimizer).__name__, [(group["name"], group["lr"]) for group in optimizer.param_groups]
-        ('AdamW', [('deeplora.outer', 0.0001), ('deeplora.core.16', 0.005), ('other', 0.01), ('other.vectors', 0.01)])
+        ('AdamW', [('deeplora.outer', 0.001), ('deeplora.core.16', 0.005), ('other', 0.01), ('other.vectors', 0.01)])
     """
     wanted: Any = model  # of any class
     optim = getattr(args.optim, "value", args.optim)

@@ -271,8 +271,9 @@ def _differentiable_gradients(
     seed: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     # Views: where one argument depends on another, grad() would else count that path twice.
-    views = [None if v is None else v.view_as(v) for v in (x, weight, left, core, right)]
-    y = seeded_three_factor_linear(views[0], views[1], views[2], views[3], views[4], None, ctx.scale, ctx.shift, ctx.dropout_p, seed)  # type: ignore[arg-type]
+    views: list[Any] = [None if v is None else v.view_as(v) for v in (x, weight, left, core, right)]
+    x_, weight_, left_, core_, right_ = views
+    y = seeded_three_factor_linear(x_, weight_, left_, core_, right_, None, ctx.scale, ctx.shift, ctx.dropout_p, seed)
     needs = ctx.needs_input_grad
     order = (needs[0], needs[1], needs[3], needs[4], needs[5])
     inputs: list[Any] = [v for v, need in zip(views, order, strict=True) if need]
