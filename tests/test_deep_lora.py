@@ -71,7 +71,7 @@ def losses(model: Transformer, tokens: Tensor, labels: Tensor, steps: int, **opt
 def test_first_losses_are_those_of_the_reference(
     task: tuple[Transformer, Tensor, Tensor], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = adapted(*task, init_scale=0.1, dropout=dropout)
+    model = adapted(*task, mode="paper", init_scale=0.1, dropout=dropout)
     twin = copy.deepcopy(model)
     fused = list(losses(model, *task[1:], steps=10, lr=3e-2))
     monkeypatch.setattr("lowrank_kernels.nn.hosts.three_factor_linear", reference.three_factor_linear)

@@ -1,0 +1,66 @@
+"""``lowrank-kernels figures``: the paper's figures, made again, each with its numbers and a caption.
+
+Exit codes: 0 made; 1 could not be written; 2 bad names or options; 130 interrupted: the figures before are complete.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import click
+
+
+def figures_command(clean_errors: Callable[[], AbstractContextManager[None]]) -> click.Command:
+    """The command, for the group in :mod:`.cli`, whose way of showing errors it takes."""
+
+    @click.command("figures")
+    @click.argument("names", nargs=-1)
+    @click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder for NAME.png, NAME.csv and NAME.md; replaced.")
+    @click.option("--quick", is_flag=True, help="Small settings: all figures in about two minutes.")
+    @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+    @click.option("--list", "listed", is_flag=True, help="List the figures, with the minutes that full settings take, and end.")
+    @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch and the native kernels.")
+    def command(names: tuple[str, ...], out: Path | None, quick: bool, seed: int, listed: bool, threads: int | None) -> None:
+        """Make figures NAMES, all without any, into a folder: picture, numbers as CSV and caption.
+
+        \b
+        lowrank-kernels figures --quick --out figures          all of them, small
+        lowrank-kernels figures spectrum completion -o figures   these two, with the source's settings
+        """
+        with clean_errors():
+            run(names, out, quick, seed, listed, threads)
+
+    return command
+
+
+def run(names: tuple[str, ...], out: Path | None, quick: bool, seed: int, listed: bool, threads: int | None) -> None:
+    """The whole of ``figures``."""
+    import torch
+
+    from . import figures
+    from .files import InputError
+
+    if listed:
+        for figure in figures.FIGURES.values():
+            click.echo(f"{figure.name:<11} {figure.minutes:>5g} min  {figure.shows} ({figure.source})")
+        return
+    if out is None:
+        raise InputError("figures: --out FOLDER says where to; --list shows what there is")
+    chosen = figures.check(names, out)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    shown = [0.0]
+
+    def tell(text: str) -> None:
+        if sys.stderr.isatty() and time.monotonic() - shown[0] > 0.2:
+            shown[0] = time.monotonic()
+            click.echo(f"\r\033[K{text}", err=True, nl=False)
+
+    for number, (_, paths, caption) in enumerate(figures.make(chosen, out, figures.Request(quick, seed, tell)), 1):
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        click.echo(f"{clear}[{number}/{len(chosen)}] {paths[0]}", err=True)
+        click.echo(caption)
