@@ -156,7 +156,7 @@ def test_the_model_and_the_random_state_stay_as_they_are():
 
 def several():
     model = nn.Sequential(deep(), deep(values=(3.0,)))
-    model[0].add_adapter("other", 2)
+    model[0].add_adapter("other", 2, mode="paper")
     with_values(model[0], (7.0, 6.0), "other")
     return model
 

@@ -498,6 +498,16 @@ def test_a_base_layer_parametrized_later_is_used_as_it_is():
     assert torch.allclose(layer(x), base(x) + update, rtol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (2, 5, 9), (9,)], ids=str)
+def test_what_follows_may_work_in_place(shape):
+    """As nn.ReLU(inplace=True) does."""
+    layer = wrap(nn.Linear(9, 14).double())
+    x = torch.randn(shape, generator=generator(), dtype=torch.float64)
+    wanted = torch.autograd.grad(F.relu(layer(x)).square().sum(), list(layer.core.parameters()))
+    got = torch.autograd.grad(F.relu(layer(x), inplace=True).square().sum(), list(layer.core.parameters()))
+    assert torch.equal(got[0], wanted[0])
+
+
 def test_embedding_keeps_the_padding_row_out_of_training():
     layer = DeepLoRAEmbedding(nn.Embedding(10, 6, padding_idx=3).double(), 2, mode="paper", init_scale=1.0)
     layer(torch.tensor([1, 3, 3, 5])).sum().backward()

@@ -211,7 +211,10 @@ def _forward(
     flat = _flat(x)
     run = _forward_native if eager(flat, left) and _native.serves(x.device) else _forward_op
     y, z = run(flat, weight, bias, left, core, right, scale, shift, dropout_p, seed)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1]), z
+    if x.ndim == 2:
+        return y, z
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if torch.compiler.is_compiling() else y.data, z  # no view for autograd: what follows may work in place
 
 
 class _ThreeFactorLinear(torch.autograd.Function):
