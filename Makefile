@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml
 OUT ?= out/gpu
 CLANG_FORMAT_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
 
-.PHONY: dev demo test lint format bench gpu clean
+.PHONY: dev demo test docs lint format bench gpu clean
 
 dev: $(VENV)/installed  ## virtual environment, editable install with every extra and the development tools
 
@@ -27,6 +27,9 @@ demo: dev  ## complete a photograph with 70 % of its pixels removed, ratings and
 
 test: dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+docs: dev  ## the documentation site into out/docs; needs no network
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs
 
 lint: dev  ## formatting, style, types
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lowrank_kernels as lrk
-from lowrank_kernels.compression import matched_frames, top_singular_vectors
+from lowrank_kernels.compression import aligned_frames, matched_frames, top_singular_vectors
 from lowrank_kernels.reference import compression as paper
 
 
@@ -170,3 +170,18 @@ def test_a_gradient_with_nan_is_refused():
     gradient[3, 4] = float("nan")
     with pytest.raises(ValueError, match="gradient must be finite"):
         lrk.compress(gradient, 4)
+
+
+def test_aligned_frames_fill_what_the_gradient_does_not_say():
+    """Of a gradient of rank 2, k = 5: two directions are its own, three are random, all orthonormal."""
+    gradient = low_rank(20, 30, 2).double()
+    u, s, v = top_singular_vectors(gradient, 5, generator=generator())
+    left, right = aligned_frames(u, s, v, tol=1e-10, generator=generator(1))
+    eye = torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(left.t() @ left, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(right @ right.t(), eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(left.t() @ gradient @ right.t(), torch.diag(-s), rtol=0, atol=1e-10 * float(s[0]))
+    again = aligned_frames(u + 0, s, v, tol=1e-10, generator=generator(1))
+    assert torch.equal(left, again[0])
+    zero = aligned_frames(u, torch.zeros(5), v, tol=1e-10, generator=generator(1))[0]
+    torch.testing.assert_close(zero.t() @ zero, eye, rtol=0, atol=1e-12)

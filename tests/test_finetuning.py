@@ -103,7 +103,8 @@ def refused(*arguments: Any) -> str:
 
 QUICK_RATES = {
     "head": {}, "lora-paper": {"lr": 1e-2}, "peft-lora": {"lr": 1e-2}, "lora": {"lr": 1e-2}, "loraplus": {"lr": 3e-3},
-    "deeplora": {"lr": 5e-2, "init_scale": 0.3}, "deeplora-random": {"lr": 5e-2, "init_scale": 0.3},
+    "deeplora": {}, "deeplora-random": {},
+    "deeplora-paper": {"lr": 5e-2, "init_scale": 0.3}, "deeplora-paper-random": {"lr": 5e-2, "init_scale": 0.3},
     "deeplora-full": {"lr": 1e-2, "init_scale": 0.1}, "randlora": {"lr": 1e-2, "rank": 4},
 }  # fmt: skip
 
@@ -129,11 +130,13 @@ def test_rates_go_where_they_belong(bench):
         trainee = Trainee(bench, run_of(method, **options))
         return {group.get("name", "all"): group for group in trainee.optimizer.param_groups}
 
-    deep = groups("deeplora", rank=16, lr=1e-2, gamma=0.5)
+    deep = groups("deeplora-paper", rank=16, lr=1e-2, gamma=0.5)
     assert deep["deeplora.core.16"]["lr"] == pytest.approx(5e-3)
     assert deep["deeplora.outer"]["lr"] == pytest.approx(5e-3)
     assert deep["deeplora.core.16"]["eps"] == 1e-6
     assert deep["head"]["lr"] == 1e-2
+    rates = {flag: groups("deeplora", rank=16, by_epochs=flag)["deeplora.core.16"]["lr"] for flag in (0, 1)}
+    assert rates == {0: pytest.approx(5e-3), 1: pytest.approx(5e-3 * (5 / 6) ** 2)}  # 12 steps of 16, 32 samples: 6 epochs
     assert groups("deeplora", outer="sgd")["deeplora.outer"]["method"] == "sgd"
     assert "deeplora.outer" not in groups("deeplora", gamma=0.0)
     plus = groups("loraplus", lr=1e-4)
@@ -520,7 +523,7 @@ def test_bad_options_are_refused(stsb, model_folder, tmp_path):
     assert "holds none of train.tsv" in given("--task", "rte")
     assert "all by name, or all by number" in given("--text", "a", "--label", "2", train=stsb / "sts-train.csv")
     assert "nothing is downloaded" in given(*task, model="bert-base-uncased")
-    assert "rank must be even" in given(*task, "--rank", 3)
+    assert "rank must be even" in given(*task, "--method", "deeplora-paper", "--rank", 3)
     assert "rank 33 is larger than" in given(*task, "--method", "lora:rank=33")
     occupied = tmp_path / "mine"
     occupied.mkdir()

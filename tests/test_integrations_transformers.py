@@ -117,7 +117,7 @@ def test_trainer_works_as_it_is(tmp_path):
 
 def test_the_helper_takes_the_arguments_of_trainer(tmp_path):
     args = arguments(tmp_path, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7)
-    optimizer, schedule = trainer_optimizer(adapted(), args, gamma=0.5)
+    optimizer, schedule = trainer_optimizer(adapted(mode="paper"), args, gamma=0.5)
     assert type(optimizer) is torch.optim.AdamW
     assert schedule is None
     groups = {group["name"]: group for group in optimizer.param_groups}
@@ -132,8 +132,12 @@ def test_the_helper_takes_the_arguments_of_trainer(tmp_path):
     }
     assert groups["other"]["weight_decay"] == 0.1
     assert groups["other.vectors"]["weight_decay"] == 0
+    for epochs, rate in ((3, 1e-2), (10, 2.5e-3)):  # many passes over the data lower the rates of the mode "aligned"
+        many = arguments(tmp_path, num_train_epochs=epochs, max_steps=-1)
+        assert trainer_optimizer(adapted(), many)[0].param_groups[1]["lr"] == pytest.approx(rate)
+    assert trainer_optimizer(adapted(), many, epochs=None)[0].param_groups[1]["lr"] == 1e-2
     optimizer, _ = trainer_optimizer(adapted(), args, lr=1e-3, weight_decay=0.0)
-    assert optimizer.param_groups[0]["lr"] in (1e-3, 1e-5)
+    assert optimizer.param_groups[0]["lr"] in (1e-3, 1e-4)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
 
 

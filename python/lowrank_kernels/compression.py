@@ -122,6 +122,27 @@ def matched_frames(u: Tensor, v: Tensor, *, generator: torch.Generator | None = 
     return left * signs, (basis * signs).t()
 
 
+def aligned_frames(
+    u: Tensor, s: Tensor, v: Tensor, *, tol: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """``left = -u`` (m, k) and ``right = v^T`` (k, n): where the loss falls fastest as ``left diag(c) right`` grows from zero.
+
+    Singular vectors of values up to ``tol`` times the largest are rounding; they make room for random ones.
+    """
+    known = int((s > tol * s[0]).sum())
+    return -_completed(u, known, generator), _completed(v, known, generator).t()
+
+
+def _completed(q: Tensor, known: int, generator: torch.Generator | None) -> Tensor:
+    """The first ``known`` orthonormal columns, and random ones orthogonal to them in place of the others."""
+    if known == q.shape[1]:
+        return q
+    kept = q[:, :known]
+    fill = torch.randn(q.shape[0], q.shape[1] - known, generator=generator, dtype=torch.float64).to(q.device)
+    fill = fill - kept @ (kept.t() @ fill)
+    return torch.cat([kept, orthonormal(fill - kept @ (kept.t() @ fill))], 1)
+
+
 def compress(
     gradient: Tensor | LinearOperator,
     rank: int,

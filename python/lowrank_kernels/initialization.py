@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .compression import LinearOperator, matched_frames, top_singular_vectors
+from .compression import LinearOperator, aligned_frames, matched_frames, top_singular_vectors
 from .nn import AdapterInfo, AdapterLayer
 from .processes import Team, agreed, assign, is_sharded, sharding_team, team_of
 
@@ -192,8 +192,12 @@ def compress_(
         info = info if init_scale is None else replace(info, init_scale=float(init_scale))
         count = _directions(info)
         u, v = found.u[:, :count].double(), found.v[:, :count].double()
-        paper = info.mode == "paper"
-        left, right = matched_frames(u, v, generator=_generator(seed, name, "frames")) if paper else (-u, v.t())
+        draws = _generator(seed, name, "frames")
+        if info.mode == "paper":
+            left, right = matched_frames(u, v, generator=draws)
+        else:
+            tol = 1e-10 if found.u.dtype == torch.float64 else 1e-5  # below, float64 and float32 products are rounding
+            left, right = aligned_frames(u, found.s[:count], v, tol=tol, generator=draws)
         dtype, s = layer.left[adapter].dtype, team.first(found.s)
         written.append((layer, info, team.first(left.to(dtype)), team.first(right.to(dtype))))
         rows.append(LayerCompression(name, layer.matrix_shape, info.rank, tuple(s.tolist()), count))

@@ -7,7 +7,7 @@ Deep LoRA trains ``delta = s left (core[L-1] ... core[0] - tau I) right`` with A
   step, so its norm by about ``k lr``, and the product of three cores grows with the cube of that once it leaves its start:
   rank 64 at lr 1e-2 ended at s1(delta) = 16 s1(W), with 1e-2 * 8 / 64 it trains.
 - In the mode "paper" Adam's epsilon is 1e-6, the reference's. At the start the gradient of a core is about
-  ``init_scale^2 |G|``, G the gradient of the weight: 1e-6 |G| for depth 3. Below epsilon a step is proportional to it, so
+  ``init_scale^2 |G|``, G the gradient of the weight: ``1e-6 |G|`` for depth 3. Below epsilon a step is proportional to it, so
   directions leave the start in the order of their gradient; far above, Adam takes all at the same size, noise included. A
   larger one holds the start: in a regression of width 96 and loss 5e-3 the loss fell within 100 steps with 1e-6 and not in
   300 with 1e-5.

@@ -70,7 +70,7 @@ def make(figures: Sequence[Figure], out: Path, request: Request) -> Iterator[tup
     for figure in figures:
         began = time.monotonic()
         made = figure.build(request)
-        settings = "quick settings, smaller than the source's" if made.reduced else "the source's settings as far as known"
+        settings = "quick settings, smaller than the source's" if made.reduced else "full settings, the source's where known"
         caption = (
             f"**{figure.shows}** ({figure.source}). {made.caption} Seed {request.seed}; {settings}; "
             f"{time.monotonic() - began:.0f} s.\n"
