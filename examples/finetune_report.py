@@ -57,8 +57,9 @@ def write_report(out: Path, docs: Path) -> list[Path]:
         section(
             "Few samples",
             "A siamese head: each text by itself, mean over the tokens, unit vectors u and v, a linear layer on "
-            "[sqrt(d) \\|u - v\\|, d u v]. A smaller sample of a seed is part of the larger one. Deep LoRA lowers its rates where the "
-            "data is seen many times: with 16 samples (100 epochs) its layers do not move, and what is measured is the head.",
+            "[sqrt(d) \\|u - v\\|, d u v]. A smaller sample of a seed is part of the larger one. Deep LoRA lowers its rates "
+            "where the data is seen many times: with 16 samples (100 epochs) its layers do not move, and what is measured is "
+            "the head.",
             table(shots),
             "finetuning_few_shot.png",
         ),
@@ -213,8 +214,8 @@ MiniLM (22.7 M parameters, 6 layers; all 36 linear layers adapted) on the STS Be
 which samples are drawn by the seed; Pearson and Spearman correlation on all {c["dev"][2]:,} dev pairs after the last step.
 All methods of a seed share sample, head, batches of {c["batch"]}, dropout masks, number of steps and schedule
 ({SCHEDULE_WORDS[machine["schedule"]]}); the head's rate is {c["head_lr"]:g}. The rates are the methods' defaults, not tuned
-on these runs; of PEFT's LoRA there are several, and "best" is the best by hindsight. What "Deep LoRA" does by default was chosen
-on a part of the training file ([the two modes](deep_lora_modes.md)); "as in the paper" is the compressed method of the paper.
+on these runs; of PEFT's LoRA there are several, and "best" is the best by hindsight. What "Deep LoRA" does by default was
+chosen on a part of the training file ([the two modes](deep_lora_modes.md)); "as in the paper" is its compressed method.
 
 Frozen layers in {c["base_dtype"]}, threads: {machine["threads"]} ({machine["processor"]}), torch {machine["torch"]}.
 
