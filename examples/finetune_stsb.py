@@ -1,9 +1,10 @@
 """The paper's fine-tuning experiment for real: MiniLM on the STS Benchmark, every method on equal terms, and a report.
 
-python examples/finetune_stsb.py --data FOLDER --out out/finetune_stsb [--quick]
+python examples/finetune_stsb.py --data FOLDER --out out/finetune_stsb [--jobs 2] [--quick]
 
 FOLDER holds sts-train.csv and sts-dev.csv. Two to three hours on 2 CPU cores without bfloat16 instructions; what is finished
-in --out is not made again, so it can be stopped at any time. The report, docs/finetuning.md with its figures, comes from the
+in --out is not made again, so it can be stopped at any time. The results of the published report are in
+bench/data/finetuning: with --out there it goes on from them. The report, docs/finetuning.md with its figures, comes from the
 JSON results alone; --quick makes everything tiny and keeps the report in --out.
 """
 
@@ -173,7 +174,7 @@ def work(arguments: argparse.Namespace) -> None:
         command.finish(folder)
     machine = {
         "processor": processor(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if arguments.jobs == 1 else 1,
         "torch": torch.__version__,
         "quick": arguments.quick,
         "schedule": arguments.schedule,

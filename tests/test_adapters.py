@@ -414,6 +414,9 @@ def test_the_report_prints_a_short_table():
         ({"dropout": 1.0}, "dropout must be from 0 to below 1"),
         ({"adapter": "a.b"}, "non-empty string without dots"),
         ({"init_scale": float("nan")}, "init_scale must be finite"),
+        ({"mode": "papr"}, "mode must be one of 'aligned', 'paper', got 'papr'"),
+        ({"mode": "paper", "method": "lora"}, "mode belongs to method='deeplora'"),
+        ({"init_scale": 0.1, "method": "randlora"}, "init_scale belongs to method='deeplora'"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

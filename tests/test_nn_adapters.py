@@ -374,8 +374,8 @@ def test_repr_tells_the_adapters():
     layer.add_adapter("c", 2, 1, dropout=0.5)
     layer.merge("b")
     text = repr(layer)
-    assert "a: deeplora, rank 3, depth 3, scale 1, active" in text
-    assert "b: deeplora, rank 3, depth 3, scale 1, merged" in text
+    assert "a: deeplora (aligned), rank 3, depth 3, scale 1, active" in text
+    assert "b: deeplora (aligned), rank 3, depth 3, scale 1, merged" in text
 
 
 # ---------------------------------------------------------------------- factors and starts

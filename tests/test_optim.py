@@ -92,7 +92,7 @@ def test_rates_of_deep_lora():
     for name, (group, rate) in wanted.items():
         assert got[name]["name"] == group
         assert got[name]["lr"] == pytest.approx(rate), name
-        assert got[name]["weight_decay"] == (0.0 if group == "other.vectors" else 0.3)
+        assert got[name]["weight_decay"] == (0.0 if group == "other.vectors" or "core" in group else 0.3)
         assert "eps" not in got[name]  # that of the optimizer
     flat = by_parameter(model, parameter_groups(model, 2e-2, reference_rank=None))
     assert flat["deep.core.default"]["lr"] == 2e-2
@@ -112,6 +112,9 @@ def test_modes_have_their_own_gamma_and_epsilon():
         "deeplora.outer.paper": (pytest.approx(1e-4), 1e-6),
     }
     assert {group["name"] for group in parameter_groups(model["paper"])} == {"deeplora.core.4", "deeplora.outer"}
+    decays = {group["name"]: group["weight_decay"] for group in parameter_groups(model, weight_decay=0.1)}
+    assert decays.pop("deeplora.core.4") == 0  # its start is no place to decay from
+    assert set(decays.values()) == {0.1}
 
 
 @pytest.mark.parametrize(("epochs", "factor"), [(None, 1.0), (0.5, 1.0), (5, 1.0), (10, 0.25), (100, 0.0025)])

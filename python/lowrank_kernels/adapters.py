@@ -23,6 +23,7 @@ from torch import nn
 
 from .nn import AdapterLayer, layer_class
 from .nn.hosts import Linear
+from .nn.methods import MODES
 from .processes import sharding_team
 
 METHODS = ("deeplora", "lora", "randlora")
@@ -162,6 +163,8 @@ def adapt(
     """
     if method not in METHODS:
         raise ValueError(f"adapt: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if mode not in (None, *MODES):
+        raise ValueError(f"adapt: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if method == "deeplora" and alpha is not None:
         raise ValueError(f"adapt: alpha belongs to method='lora', got alpha={alpha} with method='deeplora'; use scale")
     if method != "deeplora" and (mode is not None or init_scale is not None):

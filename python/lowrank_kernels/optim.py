@@ -71,7 +71,7 @@ def parameter_groups(
         gamma: rate of Deep LoRA's outer factors over that of the cores; default 0.1, in the mode "paper" 1e-2. 0 freezes them:
             they are in no group, so no optimizer, weight decay or schedule with a positive floor can move a bit, and no
             gradient is computed.
-        weight_decay: of all groups but ``other.vectors``.
+        weight_decay: of all groups but ``other.vectors`` and the cores of the mode "aligned", whose start is not zero.
         loraplus_ratio: LoRA+, rate of B over that of A, for LoRA layers and vectors; published: 16. None: the same rate.
         embedding_lr: LoRA+'s rate of LoRA embeddings.
         reference_rank: largest rank whose cores get the full rate; None for the same rate at every rank.
@@ -141,7 +141,8 @@ def parameter_groups(
                 end = ".paper" if paper and len(modes) > 1 else ""
                 if info.method == "deeplora" and kind == "core":
                     rate = base if reference_rank is None else base * min(1.0, reference_rank / info.rank)
-                    add(f"deeplora.core.{info.rank}{end}", rate, parameter, **paper)
+                    decay = {} if paper else {"weight_decay": 0.0}  # it would pull the cores away from where they started
+                    add(f"deeplora.core.{info.rank}{end}", rate, parameter, **paper, **decay)
                 elif info.method == "deeplora":
                     method = {"method": "sgd"} if outer == "sgd" else {}
                     rate = (GAMMA[info.mode] if gamma is None else gamma) * base

@@ -422,7 +422,8 @@ class AdapterLayer(nn.Module):
             state = "merged" if name in self._merged else "active" if name in self._active else "inactive"
             depth = f", depth {info.depth}" if info.depth else ""
             drop = f", dropout {info.dropout:g}" if info.dropout else ""
-            lines.append(f"{name}: {info.method}, rank {info.rank}{depth}, scale {info.scale:g}{drop}, {state}")
+            mode = f" ({info.mode})" if info.method == "deeplora" else ""
+            lines.append(f"{name}: {info.method}{mode}, rank {info.rank}{depth}, scale {info.scale:g}{drop}, {state}")
         return "\n".join([*lines, *([] if self._enabled else ["disabled"])])
 
 
