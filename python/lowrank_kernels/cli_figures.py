@@ -22,7 +22,9 @@ def figures_command(clean_errors: Callable[[], AbstractContextManager[None]]) ->
     @click.option("--out", "-o", type=click.Path(path_type=Path), help="Folder for NAME.png, NAME.csv and NAME.md; replaced.")
     @click.option("--quick", is_flag=True, help="Small settings: all figures in about two minutes.")
     @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-    @click.option("--list", "listed", is_flag=True, help="List the figures, with the minutes that full settings take, and end.")
+    @click.option(
+        "--list", "listed", is_flag=True, help="List the figures, with the minutes of full settings (~: estimated), and end."
+    )
     @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch and the native kernels.")
     def command(names: tuple[str, ...], out: Path | None, quick: bool, seed: int, listed: bool, threads: int | None) -> None:
         """Make figures NAMES, all without any, into a folder: picture, numbers as CSV and caption.
@@ -46,7 +48,8 @@ def run(names: tuple[str, ...], out: Path | None, quick: bool, seed: int, listed
 
     if listed:
         for figure in figures.FIGURES.values():
-            click.echo(f"{figure.name:<11} {figure.minutes:>5g} min  {figure.shows} ({figure.source})")
+            about = " " if figure.measured else "~"
+            click.echo(f"{figure.name:<11} {about}{figure.minutes:>4g} min  {figure.shows} ({figure.source})")
         return
     if out is None:
         raise InputError("figures: --out FOLDER says where to; --list shows what there is")

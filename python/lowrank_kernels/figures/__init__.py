@@ -26,24 +26,29 @@ class Figure:
     shows: str
     build: Callable[[Request], Made]
     minutes: float  # of the full settings
+    measured: bool = True  # or estimated from the steps and the products of a step
 
 
 PAPER, LORAPLUS, OVERVIEW = "arXiv:2406.04112", "arXiv:2402.12354", "arXiv:2503.19859"
 FIGURES: dict[str, Figure] = {
     figure.name: figure
     for figure in (
-        Figure("depth", f"{PAPER}, Fig. 2", "completion by two and by three factors, over their width", matrices.depth, 25),
-        Figure("spectrum", f"{PAPER}, Fig. 3", "what moves in a layer, and what does not", matrices.spectrum, 0.1),
-        Figure("trajectory", f"{PAPER}, Fig. 4", "a factorization and its compressed twin", matrices.trajectory, 60),
-        Figure("completion", f"{PAPER}, Fig. 5", "completion: full width, gamma = 0, gamma = 0.01", matrices.completion, 60),
-        Figure("narrow", f"{PAPER}, Fig. 10 left", "compressed against random narrow factors", matrices.narrow, 90),
-        Figure("nonlinear", f"{PAPER}, Fig. 9", "gradients of a ReLU factorization at a small start", matrices.nonlinear, 0.2),
-        Figure("rates", f"{LORAPLUS}, Fig. 2", "LoRA's two rates on a toy problem", networks.rates, 4),
         Figure(
-            "dimension", "abstract, see the caption", "rank of the activations of random ReLU networks", networks.dimension, 1
+            "depth", f"{PAPER}, Fig. 2", "completion by two and by three factors, over their width", matrices.depth, 10, False
         ),
-        Figure("updates", f"{OVERVIEW}, Fig. 1", "singular values of a trained layer's update", networks.updates, 0.5),
-        Figure("alignment", "abstract, see the caption", "SGD and the outlier eigenspaces", networks.alignment, 1),
+        Figure("spectrum", f"{PAPER}, Fig. 3", "what moves in a layer, and what does not", matrices.spectrum, 0.04),
+        Figure("trajectory", f"{PAPER}, Fig. 4", "a factorization and its compressed twin", matrices.trajectory, 60, False),
+        Figure(
+            "completion", f"{PAPER}, Fig. 5", "completion: full width, gamma = 0, gamma = 0.01", matrices.completion, 60, False
+        ),
+        Figure("narrow", f"{PAPER}, Fig. 10 left", "compressed against random narrow factors", matrices.narrow, 90, False),
+        Figure("nonlinear", f"{PAPER}, Fig. 9", "gradients of a ReLU factorization at a small start", matrices.nonlinear, 0.04),
+        Figure("rates", f"{LORAPLUS}, Fig. 2", "LoRA's two rates on a toy problem", networks.rates, 4, False),
+        Figure(
+            "dimension", "abstract, see the caption", "rank of the activations of random ReLU networks", networks.dimension, 0.1
+        ),
+        Figure("updates", f"{OVERVIEW}, Fig. 1", "singular values of a trained layer's update", networks.updates, 0.3),
+        Figure("alignment", "abstract, see the caption", "SGD and the outlier eigenspaces", networks.alignment, 0.2),
     )
 }
 
