@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -371,8 +371,8 @@ class ThreeFactorCase:
         return (self.tokens,) if isinstance(self.tokens, int) else self.tokens
 
     def problem(self, device: torch.device | str = "cpu") -> ThreeFactorProblem:
-        """The same numbers on every machine; base and update both of order 1."""
-        seed = zlib.crc32(str(self).encode())
+        """The same numbers on every machine, and with every shift; base and update both of order 1."""
+        seed = zlib.crc32(str(replace(self, shift=0.0)).encode())
         generator = torch.Generator().manual_seed(seed)
         factor_dtype = self.factor_dtype or self.dtype
 
