@@ -300,7 +300,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int64_t tokens, int64_t in_features, int64_t out_features, int64_t rank, int64_t depth, int type,
                        int factor_type, std::uintptr_t x, int64_t x_stride, std::uintptr_t left, std::uintptr_t core,
                        std::uintptr_t right, double scale, double shift, int drop_threshold, std::uintptr_t seed) {
-        return ThreeFactorArguments{tokens,   in_features, out_features, rank,  depth, type,           factor_type, x,
+        return ThreeFactorArguments{tokens,   in_features, out_features, rank,  depth, type,  factor_type,    x,
                                     x_stride, left,        core,         right, scale, shift, drop_threshold, seed};
       }));
   m.attr("max_rank") = lrk::kMaxRank;
