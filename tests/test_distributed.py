@@ -237,8 +237,8 @@ def compression(model, report):
 
 
 @scenario
-def compress_batches(counts, loss, wrapped=None, trained=False, starts=(0, 100), **options):
-    model = model_of()
+def compress_batches(counts, loss, wrapped=None, trained=False, starts=(0, 100), mode="paper", **options):
+    model = model_of(mode=mode)
     start = starts[dist.get_rank()]
     batches = [batch(start + index) for index in range(counts[dist.get_rank()])]
     model = {None: lambda m: m, "ddp": nn.parallel.DistributedDataParallel, "shard": sharded}[wrapped](model)
@@ -258,8 +258,8 @@ def compress_batches(counts, loss, wrapped=None, trained=False, starts=(0, 100),
     return {**found, "end": state(model) if wrapped else {}}
 
 
-def compress_alone(batches, loss_fn, trained=False, **options):
-    model = model_of()
+def compress_alone(batches, loss_fn, trained=False, mode="paper", **options):
+    model = model_of(mode=mode)
     if trained:
         train(model, [both(7)])
         mean_loss(model, both(8)).backward()
@@ -292,6 +292,12 @@ def test_two_processes_find_what_one_finds_on_the_joined_batches(processes):
             assert sum(report.losses[2 * index : 2 * index + 2]) / 2 == pytest.approx(wanted["report"].losses[index], rel=1e-12)
         for row, other in zip(report.layers, wanted["report"].layers, strict=True):  # added up, where a joined mean averages
             assert row.singular_values[:2] == pytest.approx([2 * s for s in other.singular_values[:2]], rel=1e-9)
+
+
+def test_aligned_frames_are_those_of_one_process_too(processes):
+    """Also where a gradient has fewer directions than the rank: the missing ones are drawn, not rounding."""
+    wanted = compress_alone([joined(batch(i), batch(100 + i)) for i in range(2)], mean_loss, mode="aligned")
+    check_compression(processes("compress_batches", counts=[2, 2], loss="mean_loss", mode="aligned"), wanted)
 
 
 def test_sketches_cut_by_each_process_would_not_do():
@@ -441,7 +447,7 @@ def compress_groups():
 
 def test_a_process_can_compress_alone_or_with_a_group(processes):
     for rank, found in enumerate(processes("compress_groups")):
-        wanted = compress_alone([batch(rank)], mean_loss)
+        wanted = compress_alone([batch(rank)], mean_loss, mode="aligned")
         assert same(found["factors"], wanted["factors"])
         assert found["report"].processes == 1
         assert found["grouped"]

@@ -620,7 +620,8 @@ def _imbalance(model: DeepFactorization) -> list[Tensor]:
 def merge_round_trip(seed: int = 0, *, broken: bool = False) -> Statement:
     """A Deep LoRA layer computes the same merged and unmerged; unmerging restores the weight. Broken: merged twice as much."""
     generator = _generator(seed)
-    layer = DeepLoRALinear.from_linear(nn.Linear(12, 9, dtype=F64), rank=4, init_scale=0.7, generator=generator)
+    base = nn.Linear(12, 9, dtype=F64)
+    layer = DeepLoRALinear.from_linear(base, rank=4, mode="paper", init_scale=0.7, generator=generator)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(9, 12, generator=generator, dtype=F64))
         before, x = layer.weight.clone(), torch.randn(5, 12, generator=generator, dtype=F64)
