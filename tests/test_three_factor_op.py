@@ -600,6 +600,9 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "shorter factors": ({"right": torch.ones(3, 9).half()}, TypeError, "right must be torch.float32 .* got torch.float16"),
     "another device": ({"core": torch.ones(2, 3, 3, device="meta")}, ValueError, "core must be on the device of x, cpu, got"),
     "a tensor as scale": ({"scale": torch.tensor(2.0)}, TypeError, "scale must be a number, got a tensor"),
+    "a tensor as shift": ({"shift": torch.tensor(0.5)}, TypeError, "shift must be a number, got a tensor"),
+    "a shift without a core": ({"core": None, "shift": 0.5}, ValueError, "there is no core; got shift=0.5"),
+    "a shift of no cores": ({"core": torch.ones(0, 3, 3), "shift": 0.5}, ValueError, "there is no core; got shift=0.5"),
     "a probability above 1": ({"dropout_p": 1.5}, ValueError, "dropout_p must be from 0 to 1, got 1.5"),
     "no probability": ({"dropout_p": math.nan}, ValueError, "dropout_p must be from 0 to 1, got nan"),
 }

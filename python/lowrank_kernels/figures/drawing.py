@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,14 @@ def panels(count: int = 1, width: float = 5.2, height: float = 3.8) -> tuple[Any
         each.grid(alpha=0.25)
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def banded(axes: Any, x: Sequence[float], trials: Sequence[Sequence[float]], colour: str, label: str) -> list[float]:
+    """Draw the mean over the trials at every x in the band of their range; the means."""
+    means = [sum(values) / len(values) for values in trials]
+    axes.plot(x, means, color=colour, marker="o", markersize=3.5, label=label)
+    axes.fill_between(x, list(map(min, trials)), list(map(max, trials)), color=colour, alpha=0.15, linewidth=0)
+    return means
 
 
 def finish(axes: Iterable[Any]) -> None:

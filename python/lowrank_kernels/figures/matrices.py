@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..factorization import DeepFactorization, Recorder, SquaredLoss, gradient_spectra, train
-from .drawing import COLOURS, Made, Request, Rows, finish, panels
+from .drawing import COLOURS, Made, Request, Rows, banded, finish, panels
 
 
 def low_rank(d: int, r: int, generator: torch.Generator) -> Tensor:
@@ -96,9 +96,7 @@ def depth(request: Request) -> Made:
     for layers, colour in zip(rates, COLOURS, strict=False):
         for each, name in zip(axes, ("unseen_error", "steps"), strict=True):
             found = [rows.where(name, depth=layers, width=width) for width in widths]
-            means = [sum(values) / len(values) for values in found]
-            each.plot(widths, means, color=colour, marker="o", markersize=3.5, label=f"{layers} factors")
-            each.fill_between(widths, list(map(min, found)), list(map(max, found)), color=colour, alpha=0.15, linewidth=0)
+            banded(each, widths, found, colour, f"{layers} factors")
     axes[0].set(xlabel="width", ylabel="error on what was not observed")
     axes[1].set(xlabel="width", ylabel="steps to converge", yscale="log")
     finish(axes)
@@ -107,7 +105,6 @@ def depth(request: Request) -> Made:
         values = rows.where(name, depth=layers, width=width)
         return sum(values) / len(values)
 
-    wide = widths[-1]
     wide, slim = widths[-1], widths[0]
     two, three, slim_two = (mean("unseen_error", *at) for at in ((2, wide), (3, wide), (2, slim)))
     caption = (
@@ -302,9 +299,7 @@ def narrow(request: Request) -> Made:
     for label, colour in zip(labels, COLOURS, strict=False):
         for each, name in zip(axes, ("steps", "seconds"), strict=True):
             found = [rows.where(name, model=label, assumed_rank=rank) for rank in assumed]
-            means[label, name] = [sum(values) / len(values) for values in found]
-            each.plot(assumed, means[label, name], color=colour, marker="o", markersize=3.5, label=label)
-            each.fill_between(assumed, list(map(min, found)), list(map(max, found)), color=colour, alpha=0.15, linewidth=0)
+            means[label, name] = banded(each, assumed, found, colour, label)
             each.set(xlabel="assumed rank", ylabel=name)
     finish(axes)
     ours, theirs = means["compressed", "steps"], means["random narrow", "steps"]

@@ -352,6 +352,8 @@ def _check(
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move it with .to()")
     if isinstance(scale, Tensor):
         raise TypeError(f"{op}: scale must be a number, got a tensor; it has no gradient: multiply left by it")
+    if isinstance(shift, Tensor):
+        raise TypeError(f"{op}: shift must be a number, got a tensor; it has no gradient")
     if shift and (core is None or not core.shape[0]):
         raise ValueError(f"{op}: shift is subtracted from the product of the cores, and there is no core; got shift={shift}")
     if not 0 <= dropout_p <= 1:
