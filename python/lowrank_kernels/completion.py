@@ -6,8 +6,10 @@ The model is ``left @ core[L-1] ... core[0] @ right + b_i + c_j + mu``, started 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from . import solver
+from .checkpoints import Checkpoints, fingerprint
 from .entries import ObservedEntries
 from .estimators import SavedEstimator, check_common, in_units, is_integer, is_number, mean_and_scale, progress_callback
+from .files import check_output
 from .labels import (
     as_labels,
     checked_values,
@@ -28,11 +32,25 @@ from .labels import (
     plain,
     refuse_missing,
     refuse_other_kind,
+    team_labels,
     two_columns,
     unique_labels,
 )
+from .processes import Team, agreed, team_of
+from .row_shards import RowShard
 
 PREDICT_BLOCK = 1 << 16  # pairs gathered at a time: 2 x 65536 x rank numbers
+IDENTITY = (  # settings that a checkpoint must have been made with
+    "depth",
+    "learning_rate",
+    "regularization",
+    "noise_weights",
+    "fit_bias",
+    "early_stopping",
+    "validation_fraction",
+    "patience",
+    "dtype",
+)
 FLOAT32_RANGE = (1e-30, 1e30)  # of values and their spread: beyond, products of factors leave float32
 
 
@@ -63,6 +81,13 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         device: torch device; default the CPU.
         dtype: ``"float32"`` or ``"float64"``.
         random_state: int, ``RandomState`` or None.
+        distributed: the rows are shared out over the processes of the default group of ``torch.distributed``: every process
+            gives the entries of its own rows to ``fit`` (some may have none), or the same files to :meth:`fit_parts`. Then
+            ``left_``, ``row_bias_`` and ``row_labels_`` are those of its rows, and ``predict``, ``recommend`` and ``save``
+            are called by all processes together.
+        checkpoint: folder that keeps the state of the training, the same for all processes; a fit that finds one there, of
+            the same data and settings, goes on from it, on any number of processes.
+        checkpoint_every: steps between checkpoints, a multiple of 10.
         progress: True for a progress bar (needs rich), or a callable ``progress(step, max_steps, record)``.
 
     Attributes:
@@ -103,6 +128,9 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         device: str | None = None,
         dtype: str = "float32",
         random_state: Any = None,
+        distributed: bool = False,
+        checkpoint: str | PathLike[str] | None = None,
+        checkpoint_every: int = 50,
         progress: bool | Callable[[int, int, dict[str, float]], None] = False,
     ) -> None:
         self.rank = rank
@@ -119,7 +147,12 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         self.device = device
         self.dtype = dtype
         self.random_state = random_state
+        self.distributed = distributed
+        self.checkpoint = checkpoint
+        self.checkpoint_every = checkpoint_every
         self.progress = progress
+
+    entries_: Any  # the arrays row, col, value, weight; None where they are not kept
 
     # ------------------------------------------------------------------ fitting
 
@@ -134,16 +167,28 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         Entries given several times are averaged, with a warning. Ctrl-C ends the training with the best factors so far and
         ``status_`` INTERRUPTED.
         """
-        self._check_parameters()
-        row, col = two_columns("fit", pairs)
-        row_labels, row_codes = unique_labels("row", row)
-        col_labels, col_codes = unique_labels("column", col)
-        values, weights = checked_values("fit", y, sample_weight, len(row))
+        team = self._team("fit")
         with self._all_or_nothing():
-            keep = self.warm_start and hasattr(self, "left_") and self._same_labels(row_labels, col_labels)
-            self.row_labels_, self.col_labels_ = row_labels, col_labels
-            self._keep_entries(row_codes, col_codes, values, weights)
-            self._train(warm=keep, max_steps=self.max_steps)
+            with team.together():
+                row, col = two_columns("fit", pairs)
+                if team.size > 1 and len(row) == 0:
+                    row_labels, row_codes, col_labels, col_codes = row, np.zeros(0, np.int64), col, np.zeros(0, np.int64)
+                else:
+                    row_labels, row_codes = unique_labels("row", row)
+                    col_labels, col_codes = unique_labels("column", col)
+                values, weights = checked_values("fit", y, sample_weight, len(row))
+                if team.size > 1:
+                    own, col_labels = col_labels, team_labels(team, row_labels, col_labels)
+                    col_codes = np.searchsorted(col_labels, own)[col_codes]
+                    if any(team.meet(weights is not None)):
+                        weights = or_ones(weights, len(values))
+                keep = self.warm_start and hasattr(self, "left_") and self._same_labels(row_labels, col_labels, team)
+                keep = all(team.meet(keep))
+                self.row_labels_, self.col_labels_ = row_labels, col_labels
+                self._keep_entries(row_codes, col_codes, values, weights)
+                entries, offset, scale = self._standardized(team)
+                shard = RowShard.of(team, len(row_labels))
+            self._solve(entries, offset, scale, shard, warm=keep, max_steps=self.max_steps)
         return self
 
     def partial_fit(self, pairs: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> DeepMatrixCompletion:
@@ -155,6 +200,9 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         if not hasattr(self, "left_"):
             return self.fit(pairs, y, sample_weight)
         self._check_parameters()
+        if self.distributed:
+            raise ValueError("DeepMatrixCompletion.partial_fit: works in one process; fit() all entries with warm_start=True")
+        self._refuse_without_entries("partial_fit", "fit() the old and the new entries together")
         row, col = two_columns("partial_fit", pairs)
         values, weights = checked_values("partial_fit", y, sample_weight, len(row))
         old = self.entries_
@@ -180,7 +228,10 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             self._keep_entries(codes[0], codes[1], np.concatenate([old["value"], values]), both_weights, duplicates="last")
             if not anew:
                 self._fold_in(np.setdiff1d(np.arange(len(labels[1])), cols))
-            self._train(warm=not anew, max_steps=self.max_steps if anew else max(1, self.max_steps // 3))
+            entries, offset, scale = self._standardized(Team())
+            shard = RowShard.of(Team(), len(labels[0]))
+            steps = self.max_steps if anew else max(1, self.max_steps // 3)
+            self._solve(entries, offset, scale, shard, warm=not anew, max_steps=steps)
         return self
 
     def _keep_entries(
@@ -192,6 +243,10 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         duplicates: str = "mean",
     ) -> None:
         """Store the training entries, one a pair."""
+        if not len(values):  # a process without entries
+            none = None if weights is None else np.zeros(0)
+            self.entries_ = {"row": np.zeros(0, np.int32), "col": np.zeros(0, np.int32), "value": np.zeros(0), "weight": none}
+            return
         entries = ObservedEntries.from_coo(
             row,
             col,
@@ -210,49 +265,74 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
                 stacklevel=3,
             )
         sorted_row, sorted_col, sorted_values, sorted_weights = entries.coo()
-        self.entries_: dict[str, Any] = {
+        self.entries_ = {
             "row": sorted_row.numpy().astype(np.int32 if entries.shape[0] < 2**31 else np.int64),
             "col": sorted_col.numpy().astype(np.int32 if entries.shape[1] < 2**31 else np.int64),
             "value": sorted_values.numpy(),
             "weight": None if sorted_weights is None else sorted_weights.numpy(),
         }
 
-    def _train(self, *, warm: bool, max_steps: int) -> None:
+    def _standardized(self, team: Team) -> tuple[ObservedEntries, float, float]:
+        """The entries that are kept, with zero mean and unit variance over all processes; their mean and scale."""
         known, dtype = self.entries_, getattr(torch, self.dtype)
         shape = (len(self.row_labels_), len(self.col_labels_))
         if known["weight"] is not None and not known["weight"].all():  # a weight of 0 is an entry that is not there
             known = {name: array[self.entries_["weight"] > 0] for name, array in known.items()}
         weight = known["weight"]
-        offset, scale = mean_and_scale(known["value"], weight)
+        offset, scale = mean_and_scale(known["value"], weight, team)
+        if weight is not None:
+            count, total = np.sum(team.meet((len(weight), float(weight.sum()))), axis=0)
+            weight = weight * (count / total)
+        if len(known["value"]):
+            standard = (known["value"] - offset) / scale
+            entries = ObservedEntries.from_coo(
+                known["row"], known["col"], standard, shape=shape, weights=weight, dtype=dtype, device=self.device
+            )
+        else:
+            entries = ObservedEntries.none(shape, weighted=weight is not None, dtype=dtype, device=self.device)
+        return entries, offset, scale
+
+    def _solve(
+        self, entries: ObservedEntries, offset: float, scale: float, shard: RowShard, *, warm: bool, max_steps: int
+    ) -> None:
+        """Fit the standardized entries of the rows that are here."""
         low, high = FLOAT32_RANGE
         if self.dtype == "float32" and not low < scale < high:
             raise ValueError(
                 f"DeepMatrixCompletion: y must have a spread between {low:g} and {high:g} in float32, got {scale:g}; "
                 "rescale y or use dtype='float64'"
             )
-        entries = ObservedEntries.from_coo(
-            known["row"],
-            known["col"],
-            (known["value"] - offset) / scale,
-            shape=shape,
-            weights=None if weight is None else weight * (len(weight) / weight.sum()),
-            dtype=dtype,
-            device=self.device,
-        )
-        generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31)))
+        team, n = shard.team, entries.shape[1]
+        random_state = 0 if self.checkpoint is not None and self.random_state is None else self.random_state
+        seed = team.meet(int(check_random_state(random_state).randint(2**31)))[0]
+        generator = torch.Generator().manual_seed(seed)
         validation = None
         automatic = isinstance(self.regularization, str)
         stopping = not automatic if isinstance(self.early_stopping, str) else self.early_stopping
+        checkpoint = None
+        if self.checkpoint is not None:
+            identity: dict[str, Any] = {
+                "entries": fingerprint(entries, shard),
+                "mean": f"{offset:.6g}",
+                "scale": f"{scale:.6g}",
+            }
+            identity |= {"rank": self._rank((shard.total, n)), "max_steps": max_steps, "warm": warm}
+            identity |= {name: getattr(self, name) for name in IDENTITY} | ({"seed": seed} if stopping else {})
+            checkpoint = Checkpoints(self.checkpoint, shard, identity, every=self.checkpoint_every)
         if stopping:
-            held = torch.rand(len(entries), generator=generator).to(entries.device) < self.validation_fraction
-            if 0 < int(held.sum()) < len(entries):
-                entries, validation = entries.select(~held), entries.select(held)
-        rank = self._rank(shape)
+            counts = team.meet(len(entries))
+            draw = shard.uniform(sum(counts[: team.rank]), len(entries), sum(counts), generator)
+            held = draw.to(entries.device) < self.validation_fraction
+            if 0 < sum(team.meet(int(held.sum()))) < sum(counts):
+                entries, validation = entries._kept(~held), entries._kept(held)
         if warm:
             model = self._current_model(offset, scale, entries)
         else:
-            bias = {"row_bias": self.fit_bias, "col_bias": self.fit_bias}
-            model = solver.start(entries, rank, depth=self.depth, generator=generator, **bias)
+            rank = self._rank((shard.total, n))
+            bias = self.fit_bias
+            model = solver.start(
+                entries, rank, depth=self.depth, row_bias=bias, col_bias=bias, generator=generator, shard=shard
+            )
         pair = None if automatic else (float(self.regularization[0]), float(self.regularization[1]))
         options = solver.TrainOptions(
             max_steps=max_steps,
@@ -264,8 +344,10 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             patience=self.patience,
             warm=warm,
         )
-        with progress_callback(self.progress, max_steps, scale) as callback:
-            result = solver.train(model, entries, options, validation=validation, callback=callback)
+        with progress_callback(self.progress if team.rank == 0 else False, max_steps, scale) as callback:
+            result = solver.train(
+                model, entries, options, validation=validation, callback=callback, shard=shard, checkpoint=checkpoint
+            )
         self.left_ = model.left.cpu().numpy()
         self.core_ = model.core.cpu().numpy()
         self.right_ = (scale * model.columns).cpu().numpy().T
@@ -277,7 +359,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         self.n_steps_ = result.steps
         self.n_features_in_ = 2
         if result.status is solver.Status.DIVERGED:
-            warnings.warn(f"DeepMatrixCompletion: {result.status.message}", UserWarning, stacklevel=3)
+            warnings.warn(f"DeepMatrixCompletion: {result.status.message}", UserWarning, stacklevel=4)
 
     def _current_model(self, offset: float, scale: float, entries: ObservedEntries) -> solver.CompletionModel:
         """The fitted factors as a start, in standardised units; the change of the mean goes into the column biases."""
@@ -342,12 +424,25 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
     def predict(self, pairs: Any) -> NDArray[Any]:
         """``(P,)`` float64 predictions; where a row or column was not seen in ``fit``, the other side's bias and the mean."""
         check_is_fitted(self)
-        row, col = two_columns("predict", pairs)
+        team = self._team("predict")
+        with team.together():
+            row, col = two_columns("predict", pairs)
+            wanted = team.meet((row, col))
+            j = label_codes("column", self.col_labels_, col)
+            # float64: an offset far above the spread would swallow it in float32
+            out = self.offset_ + np.where(j >= 0, self.col_bias_[j], 0)
+            parts = team.meet([self._row_part(*each) for each in wanted])  # a pair's row is here or elsewhere
+            out += sum(each[team.rank] for each in parts)
+        return out
+
+    def _row_part(self, row: NDArray[Any], col: NDArray[Any]) -> NDArray[np.float64]:
+        """What the rows that are here say of each pair: their bias and product; 0 for other rows."""
+        out = np.zeros(len(row))
+        if not len(self.row_labels_):
+            return out
         i, j = label_codes("row", self.row_labels_, row), label_codes("column", self.col_labels_, col)
-        effective = self._effective_left()
-        out = np.full(len(i), self.offset_)  # float64: an offset far above the spread would swallow it in float32
-        out += np.where(i >= 0, self.row_bias_[i], 0) + np.where(j >= 0, self.col_bias_[j], 0)
-        columns = np.ascontiguousarray(self.right_.T)
+        out += np.where(i >= 0, self.row_bias_[i], 0)
+        effective, columns = self._effective_left(), np.ascontiguousarray(self.right_.T)
         for begin in range(0, len(i), PREDICT_BLOCK):
             block = slice(begin, begin + PREDICT_BLOCK)
             both = (i[block] >= 0) & (j[block] >= 0)
@@ -365,15 +460,27 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             raise ValueError(f"DeepMatrixCompletion.recommend: n must be an integer of at least 1, got {n!r}")
         if np.ndim(row) != 0:
             raise ValueError(f"DeepMatrixCompletion.recommend: row must be one label, got an array of shape {np.shape(row)}")
-        i = int(label_codes("row", self.row_labels_, as_labels([row]))[0])
+        if exclude_seen:
+            self._refuse_without_entries("recommend", "pass exclude_seen=False")
+        team = self._team("recommend")
         scores = self.offset_ + self.col_bias_.astype(np.float64)
-        if i >= 0:
-            scores = scores + self.row_bias_[i] + self._effective_left(slice(i, i + 1))[0] @ self.right_
-            if exclude_seen:
-                scores[self.entries_["col"][self.entries_["row"] == i]] = -np.inf
+        with team.together():
+            asked = team.meet((row, exclude_seen))
+            parts = team.meet([self._row_scores(*each) for each in asked])
+            scores = scores + sum(each[team.rank] for each in parts)
         best = np.argsort(-scores, kind="stable")[:n]
         best = best[np.isfinite(scores[best])]
         return self.col_labels_[best], scores[best]
+
+    def _row_scores(self, row: Any, exclude_seen: bool) -> NDArray[np.float64] | float:
+        """What a row adds to the score of every column, -inf where it was seen; 0 where the row is not here."""
+        i = int(label_codes("row", self.row_labels_, as_labels([row]))[0]) if len(self.row_labels_) else -1
+        if i < 0:
+            return 0.0
+        scores = np.asarray(self.row_bias_[i] + self._effective_left(slice(i, i + 1))[0] @ self.right_, np.float64)
+        if exclude_seen:
+            scores[self.entries_["col"][self.entries_["row"] == i]] = -np.inf
+        return scores
 
     def _effective_left(self, rows: slice = slice(None)) -> NDArray[Any]:
         left = self.left_[rows]
@@ -386,6 +493,31 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
     _saved_arrays = ("left_", "core_", "right_", "row_bias_", "col_bias_", "row_labels_", "col_labels_")
     _saved_values = ("offset_",)
 
+    def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
+        """Write the fitted estimator to an ``.npz`` file, atomically; it holds arrays and JSON only, nothing executable.
+
+        ``progress`` is not kept, nor a ``random_state`` that is not an int. Where the rows are shared out, all processes
+        call this, the first one collects the rows and writes one file that one process loads; the entries are left out.
+        """
+        check_is_fitted(self)
+        team = self._team("save")
+        if team.size == 1:
+            super().save(path, overwrite)
+            return
+        with team.together():
+            if team.rank == 0:
+                check_output(path, overwrite, (".npz",))
+            pieces = team.to_first((self.row_labels_, self.left_, self.row_bias_))
+            if pieces is not None:
+                pieces = [piece for piece in pieces if len(piece[0])]
+                labels, left, bias = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+                order = np.argsort(labels, kind="stable")
+                whole = copy.copy(self).set_params(distributed=False, checkpoint=None)
+                whole.row_labels_, whole.left_, whole.row_bias_ = labels[order], left[order], bias[order]
+                whole.entries_ = None
+                whole.save(path, overwrite)
+            team.meet(None)
+
     def _arrays(self) -> dict[str, Any]:
         for name, labels in (("row", self.row_labels_), ("column", self.col_labels_)):
             if labels.dtype.kind not in "biufUS":
@@ -393,16 +525,19 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
                     f"DeepMatrixCompletion.save: {name} labels must be numbers or strings to be saved, got {labels.dtype}; "
                     "convert them before fit"
                 )
-        return super()._arrays() | {f"entries_{k}": v for k, v in self.entries_.items() if v is not None}
+        return super()._arrays() | {f"entries_{k}": v for k, v in (self.entries_ or {}).items() if v is not None}
 
     def _take_arrays(self, arrays: dict[str, NDArray[Any]]) -> None:
         super()._take_arrays(arrays)
-        entries = {k: arrays[f"entries_{k}"] for k in ("row", "col", "value")}
-        self.entries_ = {**entries, "weight": arrays.get("entries_weight")}
         self.n_features_in_ = 2
         m, n, k = len(self.row_labels_), len(self.col_labels_), self.left_.shape[1]
         factors = {"left_": (m, k), "core_": (len(self.core_), k, k), "right_": (k, n)}
         self._check_shapes({**factors, "row_bias_": (m,), "col_bias_": (n,), "row_labels_": (m,), "col_labels_": (n,)})
+        self.entries_ = None
+        if not any(name.startswith("entries_") for name in arrays):
+            return
+        entries = {k: arrays[f"entries_{k}"] for k in ("row", "col", "value")}
+        self.entries_ = {**entries, "weight": arrays.get("entries_weight")}
         for name, array in self.entries_.items():
             if array is not None and array.shape != entries["value"].shape:
                 raise ValueError(f"entries_{name} must have shape {entries['value'].shape}, got {array.shape}")
@@ -411,6 +546,31 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
                 raise ValueError(f"entries_{name} must be integers in [0, {count})")
 
     # ------------------------------------------------------------------ checks
+
+    def _team(self, method: str) -> Team:
+        """The processes that hold the rows, after the parameters were checked in all of them."""
+        team = Team()
+        if self.distributed:
+            if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+                raise ValueError(
+                    f"DeepMatrixCompletion.{method}: distributed=True needs a process group; start with torchrun and call "
+                    "torch.distributed.init_process_group() first"
+                )
+            team = team_of(f"DeepMatrixCompletion.{method}")
+        with team.together():
+            self._check_parameters()
+            settings = {
+                name: getattr(self, name) for name in ("rank", *IDENTITY, "max_steps", "warm_start", "checkpoint_every")
+            }
+            agreed(team, f"DeepMatrixCompletion.{method}", settings)
+        return team
+
+    def _refuse_without_entries(self, method: str, step: str) -> None:
+        if self.entries_ is None:
+            raise ValueError(
+                f"DeepMatrixCompletion.{method}: needs the entries, which fit_parts() does not keep, nor save() of several "
+                f"processes; {step}"
+            )
 
     def _rank(self, shape: tuple[int, int]) -> int:
         largest = min(shape) // 2 * 2
@@ -442,8 +602,13 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             refuse("validation_fraction", "between 0 and 1")
         if not (is_integer(self.patience) and self.patience >= 1):
             refuse("patience", "an integer of at least 1")
+        if not (is_integer(self.checkpoint_every) and self.checkpoint_every >= 10 and self.checkpoint_every % 10 == 0):
+            refuse("checkpoint_every", "a multiple of 10, the steps between checks")
+        if not isinstance(self.distributed, (bool, np.bool_)):
+            refuse("distributed", "True or False")
 
-    def _same_labels(self, rows: NDArray[Any], cols: NDArray[Any]) -> bool:
+    def _same_labels(self, rows: NDArray[Any], cols: NDArray[Any], team: Team) -> bool:
         same = np.array_equal(rows, self.row_labels_) and np.array_equal(cols, self.col_labels_)
-        fits = self.left_.shape[1] == self._rank((len(rows), len(cols))) and self.core_.shape[0] == self.depth
+        rank = self._rank((sum(team.meet(len(rows))), len(cols)))
+        fits = self.left_.shape[1] == rank and self.core_.shape[0] == self.depth
         return bool(same and fits)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from .entries import ObservedEntries
 from .ops import completion_loss_and_gradients
+from .processes import Team
 from .reference.compression import haar, implicit_form, orthonormal
+from .row_shards import RowShard
 
 
 class CompressedFactors(NamedTuple):
@@ -31,20 +33,27 @@ class CompressedFactors(NamedTuple):
 
 
 class LinearOperator(NamedTuple):
-    """A matrix known by its products only."""
+    """A matrix known by its products only; where its rows are shared out, products take and give the rows that are here."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # of the whole matrix
     matmul: Callable[[Tensor], Tensor]  # (n, s) -> (m, s)
     rmatmul: Callable[[Tensor], Tensor]  # (m, s) -> (n, s)
     device: torch.device
+    rows: RowShard | None = None
 
 
 def masked_gradient(
-    entries: ObservedEntries, *, row_bias: Tensor | None = None, col_bias: Tensor | None = None, offset: float = 0.0
+    entries: ObservedEntries,
+    *,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    offset: float = 0.0,
+    rows: RowShard | None = None,
 ) -> LinearOperator:
     """The gradient ``D_ij = w_ij (b_i + c_j + mu - m_ij)`` of the completion loss at ``X = 0``, as an operator.
 
-    It never becomes a matrix: a product with D is a pass of the completion kernel with the own factor set to zero.
+    It never becomes a matrix: a product with D is a pass of the completion kernel with the own factor set to zero. With
+    ``rows``, ``entries`` are those of the rows that are here, and all processes of the team multiply together.
     """
     m, n = entries.shape
     biases = {"row_bias": row_bias, "col_bias": col_bias, "offset": offset}
@@ -59,9 +68,10 @@ def masked_gradient(
         x = x.to(entries.dtype)
         grads = completion_loss_and_gradients(x, None, x.new_zeros(x.shape[1], n), entries, wanted=("right",), **biases)[1]  # type: ignore[arg-type]
         assert grads.right is not None
-        return grads.right.t().double()
+        product = grads.right.t().double()
+        return product if rows is None else rows.sum(product)[0]
 
-    return LinearOperator(entries.shape, matmul, rmatmul, entries.device)
+    return LinearOperator((m if rows is None else rows.total, n), matmul, rmatmul, entries.device, rows)
 
 
 def top_singular_vectors(
@@ -85,34 +95,37 @@ def top_singular_vectors(
         dense = matrix.double()
         matrix = LinearOperator((dense.shape[0], dense.shape[1]), dense.matmul, dense.t().matmul, dense.device)
     m, n = matrix.shape
+    rows = matrix.rows or RowShard(Team(), 0, m, m)
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"top_singular_vectors: rank must be from 1 to min{(m, n)} = {min(m, n)}, got {rank}")
     samples = min(rank + oversampling, m, n)
     x = torch.randn(n, samples, generator=generator, dtype=torch.float64).to(matrix.device)
-    y = torch.linalg.qr(matrix.matmul(x)).Q
+    y, _ = rows.qr(matrix.matmul(x))
     for _ in range(iterations):
-        y = torch.linalg.qr(matrix.matmul(torch.linalg.qr(matrix.rmatmul(y)).Q)).Q
+        y, _ = rows.qr(matrix.matmul(torch.linalg.qr(matrix.rmatmul(y)).Q))
     q, r = torch.linalg.qr(matrix.rmatmul(y))  # D^T y = q r, so y y^T D = y r^T q^T
     small_u, s, small_vh = torch.linalg.svd(r.t())
     u, v = y @ small_u[:, :rank], q @ small_vh[:rank].t()
-    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    signs = torch.where(rows.largest(u) < 0, -1.0, 1.0).to(u.dtype)
     return u * signs, s[:rank], v * signs
 
 
-def matched_frames(u: Tensor, v: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def matched_frames(
+    u: Tensor, v: Tensor, *, generator: torch.Generator | None = None, rows: RowShard | None = None
+) -> tuple[Tensor, Tensor]:
     """Orthonormal ``left`` (m, 2 r) and ``right`` (2 r, n) distributed as those of a Haar orthogonal P, without P.
 
     B stands for ``P^T u`` and C for ``P v``: B is a random frame, ``K = B^T v``, and
     ``C = u K + Z (I - K^T K)^{1/2}`` with Z a random frame orthogonal to u, so that ``[v, B]`` and ``[C, u]`` have the
-    same Gram matrix. Needs ``2 r <= min(m, n)``.
+    same Gram matrix. Needs ``2 r <= min(m, n)``. With ``rows``, u and left are the rows that are here.
     """
-    r = u.shape[1]
+    m, r = u.shape
+    rows = rows or RowShard(Team(), 0, m, m)
     b = haar(v.shape[0], r, generator=generator, dtype=torch.float64).to(v.device)
     k = b.t() @ v
-    z = torch.randn(u.shape[0], r, generator=generator, dtype=torch.float64).to(u.device)
-    z = z - u @ (u.t() @ z)
-    z = orthonormal(z - u @ (u.t() @ z))  # twice: orthogonal to rounding even where m is barely 2 r
+    z = rows.normal(r, generator).to(u.device)
+    z = z - u @ rows.sum(u.t() @ z)[0]
+    z = rows.orthonormal(z - u @ rows.sum(u.t() @ z)[0])  # twice: orthogonal to rounding even where m is barely 2 r
     values, vectors = torch.linalg.eigh(torch.eye(r, dtype=k.dtype, device=k.device) - k.t() @ k)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.t()
     c = u @ k + z @ root
@@ -199,17 +212,20 @@ def compress(
         raise ValueError(f"compress: form must be 'sampled' or 'exact', got {form!r}")
     if isinstance(gradient, Tensor) and not bool(torch.isfinite(gradient).all()):
         raise ValueError("compress: gradient must be finite, got NaN or infinity; check the loss and the data")
+    rows = None if isinstance(gradient, Tensor) else gradient.rows
+    if form == "exact" and rows is not None and not rows.alone:
+        raise ValueError("compress: form='exact' needs the whole gradient in one process; use form='sampled'")
     if form == "exact" and m != n:
         raise ValueError(f"compress: form='exact' needs a square gradient, got shape {(m, n)}; use form='sampled'")
     if dtype is None:
         dtype = torch.float64 if isinstance(gradient, Tensor) and gradient.dtype == torch.float64 else torch.float32
     u, _, v = top_singular_vectors(gradient, rank // 2, generator=generator)
-    if not bool(torch.isfinite(u).all()):
+    if not bool(torch.isfinite(v).all()):  # v, and not u: every process has the whole of it
         raise ValueError("compress: the gradient's products are not finite; check the loss and the data")
     if form == "exact":
         orthogonal = haar(m, m, generator=generator, dtype=torch.float64).to(u.device)
         left, right = implicit_form(orthogonal, u, v)
     else:
-        left, right = matched_frames(u, v, generator=generator)
+        left, right = matched_frames(u, v, generator=generator, rows=rows)
     core = init_scale * torch.eye(rank, dtype=dtype, device=u.device).repeat(depth, 1, 1)
     return CompressedFactors(left.to(dtype).contiguous(), core, right.t().to(dtype).contiguous().t())

@@ -172,6 +172,19 @@ class ObservedEntries:
         by_col = _sorted_side(col[order], row[order], values[order], None if weights is None else weights[order], shape[1])
         return cls(shape, by_row, by_col)
 
+    @classmethod
+    def none(
+        cls,
+        shape: tuple[int, int],
+        *,
+        weighted: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> ObservedEntries:
+        """No entry, for a process that has none of a matrix that several share; rows may be 0 too."""
+        index, values = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, dtype=dtype, device=device)
+        return cls._from_sorted(index, index, values, values.clone() if weighted else None, shape)
+
     # ------------------------------------------------------------------ views
 
     @property
@@ -209,7 +222,7 @@ class ObservedEntries:
     def __repr__(self) -> str:
         m, n = self.shape
         return (
-            f"ObservedEntries(shape=({m}, {n}), entries={len(self)}, density={100 * len(self) / m / n:.3g}%, "
+            f"ObservedEntries(shape=({m}, {n}), entries={len(self)}, density={100 * len(self) / max(m * n, 1):.3g}%, "
             f"dtype={str(self.dtype).removeprefix('torch.')}, index={str(self.by_row.indices.dtype).removeprefix('torch.')}, "
             f"device={self.device}{', weighted' if self.weights is not None else ''})"
         )
@@ -256,9 +269,13 @@ class ObservedEntries:
                 f"ObservedEntries.select: keep must be a boolean tensor of shape ({len(self)},), "
                 f"got {keep.dtype} of shape {tuple(keep.shape)}"
             )
-        row, col, values, weights = self.coo()
         if not bool(keep.any()):
             raise ValueError("ObservedEntries.select: keep selects no entry; at least one is needed")
+        return self._kept(keep)
+
+    def _kept(self, keep: Tensor) -> ObservedEntries:
+        """:meth:`select`, of no entry too: a process may have none."""
+        row, col, values, weights = self.coo()
         weights = None if weights is None else weights[keep]
         return self._from_sorted(row[keep], col[keep], values[keep], weights, self.shape)
 
@@ -391,6 +408,8 @@ def _plan(offsets: Tensor) -> tuple[Tensor, int]:
         first = torch.cat([torch.zeros(1, dtype=torch.int64, device=offsets.device), segments.cumsum(0)])
         owner = torch.repeat_interleave(torch.arange(rows.numel(), device=offsets.device), segments)
         return torch.cat([rows, first, owner]), rows.numel()
+    if size == 0:
+        return torch.zeros(2, dtype=torch.int64, device=offsets.device), 0
     work = offsets + 8 * torch.arange(size + 1, device=offsets.device)  # a row costs about 8 entries by itself
     units = int(work[-1]) // UNIT_ENTRIES
     cuts = torch.searchsorted(work, torch.arange(1, units + 1, device=offsets.device) * UNIT_ENTRIES)

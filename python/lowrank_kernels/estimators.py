@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -16,7 +17,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import solver
 from .files import extra, write_arrays
+from .processes import Team
 
+UNSAVED = ("progress", "random_state", "checkpoint")  # of this machine or this run
 Self = TypeVar("Self", bound="SavedEstimator")
 
 
@@ -34,7 +37,7 @@ class SavedEstimator:
         ``progress`` is not kept, nor a ``random_state`` that is not an int.
         """
         check_is_fitted(self)
-        parameters = {k: v for k, v in self.get_params().items() if k not in ("progress", "random_state")}
+        parameters = {k: v for k, v in self.get_params().items() if k not in UNSAVED}
         random_state = getattr(self, "random_state", None)
         if isinstance(random_state, (int, np.integer)):
             parameters["random_state"] = random_state
@@ -132,15 +135,31 @@ def check_common(estimator: Any) -> None:
         ) from error
 
 
-def mean_and_scale(values: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> tuple[float, float]:
-    """Mean and standard deviation, the mean's size (or 1) for constant values. Squares neither overflow nor underflow."""
-    largest = float(np.abs(values).max()) or 1.0
+def mean_and_scale(
+    values: NDArray[np.float64], weights: NDArray[np.float64] | None = None, team: Team | None = None
+) -> tuple[float, float]:
+    """Mean and standard deviation, the mean's size (or 1) for constant values. Squares neither overflow nor underflow.
+
+    Of the values of all processes of a team; some of them may have none.
+    """
+    team = team or Team()
+
+    def largest_of(x: NDArray[np.float64]) -> float:
+        return max(team.meet(float(x.max(initial=0.0))))
+
+    def average(x: NDArray[np.float64]) -> float:
+        if team.size == 1:
+            return float(np.average(x, weights=weights))
+        said = team.meet((float(x.sum()), len(x)) if weights is None else (float((x * weights).sum()), float(weights.sum())))
+        return sum(part for part, _ in said) / sum(weight for _, weight in said)
+
+    largest = largest_of(np.abs(values)) or 1.0
     scaled = values / largest
-    mean = float(np.average(scaled, weights=weights))
-    spread = float(np.abs(scaled - mean).max())
+    mean = average(scaled)
+    spread = largest_of(np.abs(scaled - mean))
     if spread <= 1e-12:  # constant up to rounding
         return mean * largest, abs(mean * largest) or 1.0
-    root = float(np.sqrt(np.average(((scaled - mean) / spread) ** 2, weights=weights)))
+    root = math.sqrt(average(((scaled - mean) / spread) ** 2))
     return mean * largest, root * spread * largest
 
 

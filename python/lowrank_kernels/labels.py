@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from .processes import Team
+
 
 def two_columns(method: str, pairs: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     wanted = "an (entries, 2) array of row and column labels or a tuple of two label arrays"
@@ -74,6 +76,29 @@ def unique_labels(side: str, labels: NDArray[Any]) -> tuple[NDArray[Any], NDArra
             "convert them, for example with str()"
         ) from error
     return unique, codes
+
+
+def team_labels(team: Team, row: NDArray[Any], col: NDArray[Any]) -> NDArray[Any]:
+    """The sorted column labels of all processes, given the unique row and column labels of each; a row belongs to one."""
+    said = team.meet((row, col))
+    for side, given in zip(("row", "column"), zip(*said, strict=True), strict=True):
+        present = [labels for labels in given if len(labels)]
+        if not present:
+            raise ValueError("DeepMatrixCompletion.fit: pairs is empty in every process; at least one observed entry is needed")
+        for labels in present[1:]:
+            refuse_other_kind(side, present[0], labels)
+    rows = np.concatenate([labels for labels, _ in said if len(labels)])
+    owners = np.concatenate([np.full(len(labels), rank) for rank, (labels, _) in enumerate(said)])
+    unique, counts = np.unique(rows, return_counts=True)
+    if (counts > 1).any():
+        label = unique[(counts > 1).argmax()]
+        at = np.flatnonzero(rows == label)
+        raise ValueError(
+            f"DeepMatrixCompletion.fit: {int((counts > 1).sum())} row labels are given by several processes, the first, "
+            f"{label}, by processes {owners[at[0]]} and {owners[at[1]]}; give all entries of a row to one process, "
+            "or use fit_parts()"
+        )
+    return np.unique(np.concatenate([labels for _, labels in said if len(labels)]))
 
 
 def plain(labels: NDArray[Any]) -> NDArray[Any]:

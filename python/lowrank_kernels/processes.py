@@ -21,6 +21,10 @@ from .files import InputError, OutputError
 RAISED_AS = (InputError, OutputError, ValueError, TypeError)  # elsewhere and here; others are a RuntimeError here
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the group ended, or the way to it is cut."""
+
+
 @dataclass(frozen=True)
 class _Failure:
     """An error as it travels: an exception itself may refuse to be pickled."""
@@ -44,6 +48,7 @@ class Team:
         self.group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        self.summed = 0  # bytes given to sum() so far
         self._known: BaseException | None = None  # an error that all processes have heard of
 
     def meet(self, message: Any) -> list[Any]:
@@ -51,7 +56,8 @@ class Team:
         if self.size == 1:
             return [message]
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, message, group=self.group)
+        with _lost():
+            dist.all_gather_object(said, message, group=self.group)
         failed = [(rank, other) for rank, other in enumerate(said) if isinstance(other, _Failure)]
         if failed and not isinstance(message, _Failure):
             rank, other = failed[0]
@@ -65,14 +71,26 @@ class Team:
         try:
             yield
         except Exception as error:
-            if error is not self._known:
+            if error is not self._known and not isinstance(error, ProcessLost):
                 self.meet(_Failure(tuple(kind.__name__ for kind in type(error).__mro__), str(error)))
             raise
+
+    def to_first(self, message: Any) -> list[Any] | None:
+        """What every process says, in the first one; None in the others."""
+        self.meet(None)
+        if self.size == 1:
+            return [message]
+        said: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with _lost():
+            dist.gather_object(message, said, dist.get_global_rank(self.group, 0), group=self.group)
+        return said
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            self.summed += tensor.numel() * tensor.element_size()
+            with _lost():
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def first(self, tensor: Tensor) -> Tensor:
@@ -80,8 +98,19 @@ class Team:
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
-        dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
+        with _lost():
+            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
         return tensor
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """What torch says of a connection that broke, as an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise ProcessLost(f"another process of the group ended or cannot be reached ({reason})") from error
 
 
 def team_of(function: str, group: Any = None) -> Team:

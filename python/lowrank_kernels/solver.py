@@ -13,6 +13,11 @@ mean-field Gaussian approximation have closed forms, ``s^T_ia = sigma^2 / (sigma
 and the strength that minimises the expected squared error is ``lambda^T_ia = sigma^2 / v_a + sum_j w_ij s^R_ja``; prior
 variances ``v_a`` and the noise ``sigma^2`` are re-estimated every ten steps, and so are noise weights
 ``w_ij = w_i w_j`` of the rows and columns. Nothing has to be held out to set them.
+
+With a :class:`~.row_shards.RowShard` the rows are shared out over processes: left factors, row biases, their moments and
+variances are those of the rows that are here, everything else is the same in all. A step sums one buffer over the processes:
+the gradients of the right factors, column biases and the cores' product, and the loss, ``n k + n + k^2 + 1`` numbers; a
+re-estimation ``n (2 k + 2) + k + 6`` more. Neither depends on the numbers of rows and of entries.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +36,9 @@ from .compression import CompressedFactors, compress, masked_gradient, top_singu
 from .entries import ObservedEntries, SortedEntries
 from .ops import completion_loss_and_gradients
 from .ops.completion import completion_sides, entry_sums
+from .processes import ProcessLost, Team
 from .reference.core import core_gradients, core_product
+from .row_shards import RowShard
 
 
 class Status(Enum):
@@ -225,15 +232,18 @@ def damped_biases(
     columns: bool = True,
     damping: tuple[float, float] = (5.0, 3.0),
     rounds: int = 10,
+    shard: RowShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``b_i`` (m,) and ``c_j`` (n,) of the additive model by alternating damped means of the residuals."""
     m, n = entries.shape
     row_bias, col_bias = entries.values.new_zeros(m), entries.values.new_zeros(n)
     zero_left, zero_right = entries.values.new_zeros(m, 1), entries.values.new_zeros(1, n)
 
-    def half(bias: Tensor, sums: Tensor | None, side: SortedEntries, damp: float) -> Tensor:
+    def weight(side: SortedEntries) -> Tensor:
+        return (side.offsets.diff() if side.weights is None else _segment_sum(side.weights, side.offsets)).to(entries.dtype)
+
+    def half(bias: Tensor, sums: Tensor | None, weight: Tensor, damp: float) -> Tensor:
         assert sums is not None
-        weight = side.offsets.diff() if side.weights is None else _segment_sum(side.weights, side.offsets)
         return (bias * weight - sums) / (weight + damp).clamp(min=TINY)
 
     def sums(side: str) -> Tensor | None:
@@ -241,12 +251,21 @@ def damped_biases(
         grads = completion_loss_and_gradients(zero_left, None, zero_right, entries, wanted=(side,), **biases)[1]  # type: ignore[arg-type]
         return grads.col_bias if side == "col_bias" else grads.row_bias
 
+    shard = shard or _whole(entries)
+    row_weight, (col_weight,) = weight(entries.by_row), shard.sum(weight(entries.by_col))
     for _ in range(rounds):
         if columns:
-            col_bias = half(col_bias, sums("col_bias"), entries.by_col, damping[1])
+            own = sums("col_bias")
+            assert own is not None
+            col_bias = half(col_bias, shard.sum(own)[0], col_weight, damping[1])
         if rows:
-            row_bias = half(row_bias, sums("row_bias"), entries.by_row, damping[0])
+            row_bias = half(row_bias, sums("row_bias"), row_weight, damping[0])
     return row_bias, col_bias
+
+
+def _whole(entries: ObservedEntries) -> RowShard:
+    """All rows are here."""
+    return RowShard(Team(), 0, entries.shape[0], entries.shape[0])
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
@@ -265,23 +284,28 @@ def start(
     row_bias: bool = True,
     col_bias: bool = True,
     generator: torch.Generator | None = None,
+    shard: RowShard | None = None,
 ) -> CompletionModel:
     """Biases by damped means, then the compressed factors of the residual: frames with entries of about ``frame_scale``.
 
     ``entries`` are expected with zero mean and unit variance. ``init_scale`` and ``frame_scale`` are far above the paper's:
-    its plateau costs thousands of steps. Rows and columns without entries start (and stay) at zero.
+    its plateau costs thousands of steps. Rows and columns without entries start (and stay) at zero. With a ``shard``, the
+    processes start as one would on all rows, up to the order of the sums.
     """
-    m, n = entries.shape
-    row, col = damped_biases(entries, rows=row_bias, columns=col_bias)
-    gradient = masked_gradient(entries, row_bias=row, col_bias=col)
+    shard = shard or _whole(entries)
+    m, n = shard.total, entries.shape[1]
+    row, col = damped_biases(entries, rows=row_bias, columns=col_bias, shard=shard)
+    gradient = masked_gradient(entries, row_bias=row, col_bias=col, rows=shard)
     if rank < 2:  # a single row or column: the biases say everything
         core = init_scale * torch.eye(2, dtype=row.dtype, device=row.device).repeat(depth, 1, 1)
-        return CompletionModel(row.new_zeros(m, 2), core, row.new_zeros(n, 2), row, col)
+        return CompletionModel(row.new_zeros(len(row), 2), core, row.new_zeros(n, 2), row, col)
     factors = compress(gradient, rank, depth=depth, init_scale=init_scale, generator=generator, dtype=entries.dtype)
     left = factors.left * (frame_scale * math.sqrt(m)) * (entries.row_counts() > 0)[:, None]
-    columns = factors.right.t().contiguous() * (frame_scale * math.sqrt(n)) * (entries.col_counts() > 0)[:, None]
+    (col_counts,) = shard.sum(entries.col_counts())
+    columns = factors.right.t().contiguous() * (frame_scale * math.sqrt(n)) * (col_counts > 0)[:, None]
+    columns = shard.team.first(columns)  # bit for bit the same on processors that round differently
     model = CompletionModel(left, factors.core, columns, row, col)
-    if float(_loss_at_zero(model, entries)) == 0:  # constant values: noise of the frames is all that would be learnt
+    if float(shard.sum(_loss_at_zero(model, entries))[0]) == 0:  # constant values: only noise would be learnt
         model.left.zero_()
     return model
 
@@ -306,17 +330,31 @@ def spectral_start(
 class _Side:
     """Variances and strengths of one side's factor (rows: T, columns: R) and bias."""
 
-    def __init__(self, side: SortedEntries, factor: Tensor, bias: Tensor, prior: float, noise: float) -> None:
-        self.counts = side.offsets.diff().to(factor.dtype)
+    def __init__(
+        self, counts: Tensor, factor: Tensor, bias: Tensor, prior: float, noise: float, shard: RowShard | None
+    ) -> None:
+        self.shard = shard  # of rows that are shared out; None where every process has the whole side
+        self.counts = counts.to(factor.dtype)
         self.seen = self.counts > 0
+        self.entries = self.total(self.counts)
         self.prior_start = prior
         self.prior = factor.new_full((factor.shape[1],), prior)
         self.variance = torch.full_like(factor, 0.1 * prior)
         self.weight = torch.ones_like(bias)
-        self.bias_prior = max(float(bias[self.seen].square().mean()), TINY)
+        self.bias_prior = max(float(self._mean(bias.square())), TINY)
         self.bias_variance = noise / (self.counts + noise / self.bias_prior)
         self.penalty = torch.zeros_like(factor)
         self.bias_penalty = 0.0
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """The mean over the rows or columns that have entries."""
+        if self.shard is None or self.shard.alone:
+            return x[self.seen].mean(0)
+        total, count = self.shard.sum(x[self.seen].sum(0), self.seen.sum().to(x.dtype))
+        return total / count
+
+    def total(self, x: Tensor) -> Tensor:
+        return x.sum() if self.shard is None else self.shard.sum(x.sum())[0]
 
     def excess(self, squares: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
         """Expected squared error of each row from the uncertainty of both factors."""
@@ -324,26 +362,31 @@ class _Side:
 
     def update(self, squares: Tensor, a1: Tensor, a2: Tensor, total: Tensor, bias: Tensor, noise: float) -> None:
         self.variance = noise / (noise / self.prior + a1 + a2)
-        empirical = (squares + self.variance)[self.seen].mean(0)
+        empirical = self._mean(squares + self.variance)
         wanted = (1 - PRIOR_PULL) * empirical + PRIOR_PULL * self.prior_start
         self.prior = (1 - DAMPING) * self.prior + DAMPING * wanted
         self.penalty = noise / self.prior + a2
         self.bias_variance = noise / (total + noise / self.bias_prior)
-        self.bias_prior = max(float((bias.square() + self.bias_variance)[self.seen].mean()), TINY)
+        self.bias_prior = max(float(self._mean(bias.square() + self.bias_variance)), TINY)
         self.bias_penalty = noise / self.bias_prior
 
 
 class _Variational:
     """The strengths of ``regularization="auto"`` (module docstring)."""
 
-    def __init__(self, model: CompletionModel, entries: ObservedEntries, noise_weights: bool) -> None:
+    def __init__(
+        self, model: CompletionModel, entries: ObservedEntries, noise_weights: bool, shard: RowShard | None = None
+    ) -> None:
         k = model.columns.shape[1]
-        residual = 2 * float(_loss_at_zero(model, entries)) / len(entries)
+        self.shard = shard = shard or _whole(entries)
+        count = sum(shard.team.meet(len(entries)))
+        residual = 2 * float(shard.sum(_loss_at_zero(model, entries))[0]) / count
         prior = max(math.sqrt(3.0 * max(residual, TINY) / k), 1e-4)
         self.noise = max(0.5 * residual, TINY)
         self.noise_weights = noise_weights
-        self.rows = _Side(entries.by_row, model.left, model.row_bias, prior, self.noise)
-        self.cols = _Side(entries.by_col, model.columns, model.col_bias, prior, self.noise)
+        (col_counts,) = shard.sum(entries.col_counts())
+        self.rows = _Side(entries.row_counts(), model.left, model.row_bias, prior, self.noise, shard)
+        self.cols = _Side(col_counts, model.columns, model.col_bias, prior, self.noise, None)
         self.given = (entries.by_row.weights, entries.by_col.weights)
         weights = [torch.ones_like(entries.values) if w is None else w.clone() for w in self.given]
         self.entries = ObservedEntries(
@@ -356,14 +399,16 @@ class _Variational:
         a, row_total = entry_sums(entries, torch.cat([r2, cols.variance], 1), by="row")  # sum_j w_ij (R_j^2 | s_j)
         b, col_total = entry_sums(entries, torch.cat([t2, rows.variance], 1), by="col")
         row_excess = rows.excess(t2, a[:, :k], a[:, k:])
+        spread = (row_loss + row_excess).sum() + (row_total * rows.bias_variance).sum()
+        b, col_total, col_loss, spread, weight = self.shard.sum(b, col_total, col_loss, spread, row_total.sum())
         col_excess = cols.excess(r2, b[:, :k], b[:, k:])
-        spread = (row_loss + row_excess).sum() + (row_total * rows.bias_variance).sum() + (col_total * cols.bias_variance).sum()
-        self.noise = max((1 - DAMPING) * self.noise + DAMPING * float(spread / row_total.sum()), TINY)
+        spread = spread + (col_total * cols.bias_variance).sum()
+        self.noise = max((1 - DAMPING) * self.noise + DAMPING * float(spread / weight), TINY)
         if self.noise_weights:
             # The sums carry the old weight of their own row: divided out for the estimate, the new one multiplied in.
             for side, loss, excess in ((rows, row_loss, row_excess), (cols, col_loss, col_excess)):
                 wanted = (NOISE_COUNT + side.counts) / (NOISE_COUNT + (loss + excess) / side.weight / self.noise)
-                wanted *= side.counts.sum() / (side.counts * wanted).sum()  # mean 1 over the entries: noise stays the level
+                wanted *= side.entries / side.total(side.counts * wanted)  # mean 1 over the entries: noise stays the level
                 change = wanted / side.weight
                 side.weight = wanted
                 sums, total = (a, row_total) if side is rows else (b, col_total)
@@ -372,6 +417,18 @@ class _Variational:
             self._weigh()
         rows.update(t2, a[:, :k], a[:, k:], row_total, model.row_bias, self.noise)
         cols.update(r2, b[:, :k], b[:, k:], col_total, model.col_bias, self.noise)
+
+    def scalars(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the tensors of :func:`_state`."""
+        sides = {"rows": self.rows, "cols": self.cols}
+        return {"noise": self.noise, **{name: [side.bias_prior, side.bias_penalty] for name, side in sides.items()}}
+
+    def restore(self, scalars: dict[str, Any]) -> None:
+        self.noise = scalars["noise"]
+        for name, side in (("rows", self.rows), ("cols", self.cols)):
+            side.bias_prior, side.bias_penalty = scalars[name]
+        if self.noise_weights:
+            self._weigh()
 
     def _weigh(self) -> None:
         sides = ((self.entries.by_row, self.rows, self.cols), (self.entries.by_col, self.cols, self.rows))
@@ -410,6 +467,36 @@ class _Adam:
             x.addcdiv_(m, root, value=-rate * decay * second_bias / first_bias)
 
 
+class Checkpoint(Protocol):
+    """Where :func:`train` keeps its state: :class:`lowrank_kernels.checkpoints.Checkpoints`."""
+
+    every: int
+
+    def load(self, rows: dict[str, Tensor], shared: dict[str, Tensor]) -> dict[str, Any] | None: ...
+
+    def save(self, step: int, rows: dict[str, Tensor], shared: dict[str, Tensor], scalars: dict[str, Any]) -> None: ...
+
+
+def _state(
+    model: CompletionModel, best: CompletionModel | None, optimizer: _Adam, automatic: _Variational | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors that a step changes, by name: those with a row for every row of the matrix, and the others."""
+    rows: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    for title, each in (("model", model), ("best", best)):
+        if each is not None:
+            rows |= {f"{title}.left": each.left, f"{title}.row_bias": each.row_bias}
+            shared |= {f"{title}.{name}": getattr(each, name) for name in ("core", "columns", "col_bias")}
+    for place, name in enumerate(CompletionModel.__dataclass_fields__):
+        kind = rows if name in ("left", "row_bias") else shared
+        kind |= {f"first.{name}": optimizer.first[place], f"second.{name}": optimizer.second[place]}
+    if automatic is not None:
+        for kind, title, side in ((rows, "rows", automatic.rows), (shared, "cols", automatic.cols)):
+            kind |= {f"{title}.{name}": getattr(side, name) for name in ("variance", "weight", "bias_variance", "penalty")}
+            shared[f"{title}.prior"] = side.prior
+    return rows, shared
+
+
 @torch.no_grad()
 def train(
     model: CompletionModel,
@@ -418,6 +505,8 @@ def train(
     *,
     validation: ObservedEntries | None = None,
     callback: Callable[[int, dict[str, float]], None] | None = None,
+    shard: RowShard | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainResult:
     """Train ``model`` in place on ``entries`` (zero mean, unit variance), see the module docstring.
 
@@ -428,22 +517,31 @@ def train(
             ``options.patience`` checks, and the best model is kept.
         callback: called as ``callback(step, record)`` every ten steps; a KeyboardInterrupt raised in it, or by the user,
             ends the training with the best (or last) model.
+        shard: which rows are here, where they are shared out over processes: ``entries``, ``validation`` and ``model`` are
+            those of these rows, and every process of the team calls this.
+        checkpoint: keeps the state every so many steps; where it has one already, training goes on from there.
 
     Returns:
         Status, steps made and the history: ``step, loss, train_rmse, validation_rmse, seconds`` a check; errors are in the
         units of ``entries``, the training error with the entries' weights.
 
-    Note: deterministic; the same result for any number of threads.
+    Raises:
+        ProcessLost: another process of the team ended; what the checkpoint has is kept.
+
+    Note: deterministic; the same result for any number of threads, and up to the order of the sums of processes. Ctrl-C is
+    an error where there are several.
     """
     options = options or TrainOptions()
+    shard = shard or _whole(entries)
     began, history = time.perf_counter(), list[dict[str, float]]()
-    automatic = _Variational(model, entries, options.noise_weights) if options.regularization == "auto" else None
+    automatic = _Variational(model, entries, options.noise_weights, shard) if options.regularization == "auto" else None
     penalties: list[Any] = []  # strengths of T, R, row bias, column bias
     if automatic is None:
         assert not isinstance(options.regularization, str)
+        (col_counts,) = shard.sum(entries.col_counts())
         strengths = [
-            constant + per_entry * side.offsets.diff().to(entries.dtype)
-            for (constant, per_entry), side in zip(options.regularization, (entries.by_row, entries.by_col), strict=True)
+            constant + per_entry * counts.to(entries.dtype)
+            for (constant, per_entry), counts in zip(options.regularization, (entries.row_counts(), col_counts), strict=True)
         ]
         penalties = [*(strength[:, None] for strength in strengths), *strengths]
     rate, bias_rate = options.learning_rate, options.bias_rate
@@ -452,11 +550,23 @@ def train(
         [rate, rate * options.core_rate, rate, bias_rate * options.row_bias, bias_rate * options.col_bias],
     )
     fitted = entries if automatic is None else automatic.entries
-    total_weight = float(len(entries) if entries.weights is None else entries.weights.sum())
+    total_weight = sum(shard.team.meet(float(len(entries) if entries.weights is None else entries.weights.sum())))
     best, best_error, waited = model.clone(), math.inf, 0
     status, step = Status.MAX_STEPS, 0
+    kept = best if validation is not None else None
+    found = None if checkpoint is None else checkpoint.load(*_state(model, kept, optimizer, automatic))
+    if found is not None:
+        step, waited, history = found["step"], found["waited"], found["history"]
+        best_error = math.inf if found["best_error"] is None else found["best_error"]
+        optimizer.steps = step
+        began -= history[-1]["seconds"] if history else 0.0
+        if automatic is not None:
+            automatic.restore(found)
+        if validation is None:
+            best.copy_(model)
+    first = step + 1
     try:
-        for step in range(1, options.max_steps + 1):
+        for step in range(first, options.max_steps + 1):
             product = core_product(model.core)
             t = model.left if product is None else model.left @ product
             loss, rows, cols = completion_sides(t, model.columns, fitted, row_bias=model.row_bias, col_bias=model.col_bias)
@@ -469,14 +579,15 @@ def train(
                     automatic.cols.bias_penalty,
                 ]
             grad_t = rows.grad.addcmul_(t, penalties[0])
+            columns, col_bias, outer, loss = shard.sum(cols.grad, cols.bias_grad, model.left.t() @ grad_t, loss)
             decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / options.max_steps))
             optimizer.step(
                 [
                     grad_t if product is None else grad_t @ product.t(),
-                    None if product is None else core_gradients(model.core, model.left.t() @ grad_t),
-                    cols.grad.addcmul_(model.columns, penalties[1]),
+                    None if product is None else core_gradients(model.core, outer),
+                    columns.addcmul_(model.columns, penalties[1]),
                     rows.bias_grad + penalties[2] * model.row_bias,
-                    cols.bias_grad + penalties[3] * model.col_bias,
+                    col_bias + penalties[3] * model.col_bias,
                 ],
                 decay / 3 if options.warm else decay,
             )
@@ -484,8 +595,9 @@ def train(
                 continue
             record = {"step": step, "loss": float(loss), "train_rmse": math.sqrt(2 * float(loss) / total_weight)}
             if validation is not None:
-                record["validation_rmse"] = _rmse(model, validation)
-            if not all(map(math.isfinite, record.values())) or not model.is_finite():  # the loss is that before the step
+                record["validation_rmse"] = _rmse(model, validation, shard)
+            finite = all(map(math.isfinite, record.values())) and model.is_finite()  # the loss is that before the step
+            if not all(shard.team.meet(finite)):
                 model.copy_(best)
                 status = Status.DIVERGED
                 break
@@ -498,11 +610,21 @@ def train(
                 best_error = record.get("validation_rmse", best_error)
             if callback is not None:
                 callback(step, record)
+            if checkpoint is not None and (step % checkpoint.every == 0 or step == options.max_steps):
+                scalars: dict[str, Any] = {"step": step, "waited": waited, "history": history}
+                scalars["best_error"] = best_error if math.isfinite(best_error) else None  # JSON has no infinity
+                scalars |= {} if automatic is None else automatic.scalars()
+                checkpoint.save(step, *_state(model, kept, optimizer, automatic), scalars)
             if validation is not None and waited >= options.patience:
                 status = Status.EARLY_STOPPED
                 break
     except KeyboardInterrupt:
+        if not shard.alone:  # the others are in the middle of an exchange
+            raise
         status = Status.INTERRUPTED
+    except ProcessLost as error:
+        words = "nothing was saved" if checkpoint is None else "what was saved is kept: run the same again to go on from there"
+        raise ProcessLost(f"in step {step} of {options.max_steps}: {error}; {words}") from error
     if validation is not None or status is Status.INTERRUPTED:  # an interrupted step may have changed half of the factors
         model.copy_(best)
     if status is Status.MAX_STEPS and _settled(history):
@@ -510,12 +632,13 @@ def train(
     return TrainResult(status, step, history)
 
 
-def _rmse(model: CompletionModel, entries: ObservedEntries) -> float:
+def _rmse(model: CompletionModel, entries: ObservedEntries, shard: RowShard) -> float:
     loss, _ = completion_loss_and_gradients(
         model.left, model.core, model.columns.t(), entries, row_bias=model.row_bias, col_bias=model.col_bias, wanted=()
     )
     weight = len(entries) if entries.weights is None else float(entries.weights.sum())
-    return math.sqrt(2 * float(loss) / weight)
+    said = shard.team.meet((float(loss), weight))
+    return math.sqrt(2 * sum(each for each, _ in said) / sum(each for _, each in said))
 
 
 def _settled(history: list[dict[str, float]]) -> bool:
