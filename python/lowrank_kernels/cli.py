@@ -1,4 +1,5 @@
-"""The command line: ``complete FILE`` fills in a matrix, ``finetune TRAIN`` adapts a transformer, ``doctor`` reports.
+"""The command line: ``complete FILE`` fills in a matrix, ``fit PARTS`` one beyond memory or one machine, ``finetune TRAIN``
+adapts a transformer, ``doctor`` reports.
 
 ``complete``: every kind of file becomes one list of entries (row, column, value). A part of them is held out, the model is
 fitted to the rest and compared with simple baselines on that part; then it is fitted to everything and the output is
@@ -21,9 +22,11 @@ import click
 
 from . import files
 from .cli_figures import figures_command
+from .cli_fit import fit_command
 from .cli_verify import verify_command
 from .finetuning.data import TASKS
 from .problems import Entries, Options, Problem, load
+from .processes import ProcessLost
 from .tasks import Fit, Progress, Score, fit, scores, write_outputs
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -65,6 +68,8 @@ def _clean_errors() -> Iterator[None]:
     except OSError as error:  # an output that is there already is bad input; a full disk is not
         early = isinstance(error, files.OutputError) and error.__cause__ is None
         raise (Refusal if early or isinstance(error, FileExistsError) else Failure)(str(error)) from error
+    except ProcessLost as error:
+        raise Failure(str(error)) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
             raise
@@ -346,5 +351,6 @@ def _print(
     console.print(errors)
 
 
+group.add_command(fit_command(_clean_errors))
 group.add_command(verify_command(_clean_errors))
 group.add_command(figures_command(_clean_errors))

@@ -7,8 +7,9 @@ The model is ``left @ core[L-1] ... core[0] @ right + b_i + c_j + mu``, started 
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import Any
 
@@ -36,8 +37,11 @@ from .labels import (
     two_columns,
     unique_labels,
 )
+from .parts import read_parts
 from .processes import Team, agreed, team_of
 from .row_shards import RowShard
+
+logger = logging.getLogger("lowrank_kernels")
 
 PREDICT_BLOCK = 1 << 16  # pairs gathered at a time: 2 x 65536 x rank numbers
 IDENTITY = (  # settings that a checkpoint must have been made with
@@ -189,6 +193,56 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
                 entries, offset, scale = self._standardized(team)
                 shard = RowShard.of(team, len(row_labels))
             self._solve(entries, offset, scale, shard, warm=keep, max_steps=self.max_steps)
+        return self
+
+    def fit_parts(
+        self,
+        parts: PathLike[str] | str | Iterable[PathLike[str] | str],
+        *,
+        row: str | None = None,
+        col: str | None = None,
+        value: str | None = None,
+        duplicates: str = "error",
+        memory_limit: int | None = None,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> DeepMatrixCompletion:
+        """Fit on the entries of Parquet or CSV parts, read in streams: :func:`lowrank_kernels.parts.read_parts`.
+
+        With ``distributed=True`` all processes name the same files, and each reads the entries of its own rows. The entries
+        are not kept. The memory that is needed is logged before the work starts (logger ``lowrank_kernels``), and refused with
+        the numbers where there is less.
+
+        Args:
+            parts: files, a folder or a pattern.
+            row, col, value: column names; by default guessed from names such as userId, movieId, rating.
+            duplicates: what a pair given twice means: ``"error"`` or ``"mean"``.
+            memory_limit: bytes allowed on a machine; by default what is free.
+            report: called as ``report(what, done, total)`` while the files are read.
+        """
+        team = self._team("fit_parts")
+        with self._all_or_nothing():
+            with team.together():
+                found = read_parts(
+                    parts,
+                    row=row,
+                    col=col,
+                    value=value,
+                    duplicates=duplicates,
+                    dtype=getattr(torch, self.dtype),
+                    rank=32 if isinstance(self.rank, str) else self.rank,
+                    automatic=isinstance(self.regularization, str),
+                    memory_limit=memory_limit,
+                    team=team,
+                    report=report,
+                    say=logger.info if team.rank == 0 else None,
+                )
+                labels = found.row_labels, found.col_labels
+                keep = self.warm_start and hasattr(self, "left_") and self._same_labels(*labels, team)
+                keep = all(team.meet(keep))
+                self.row_labels_, self.col_labels_ = labels
+                self.entries_ = None
+                entries = found.entries.to(self.device)
+            self._solve(entries, found.offset, found.scale, found.shard, warm=keep, max_steps=self.max_steps)
         return self
 
     def partial_fit(self, pairs: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> DeepMatrixCompletion:

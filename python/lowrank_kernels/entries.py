@@ -173,6 +173,22 @@ class ObservedEntries:
         return cls(shape, by_row, by_col)
 
     @classmethod
+    def from_sorted_csr(cls, matrix: Any) -> ObservedEntries:
+        """From a canonical ``scipy.sparse.csr_array`` (sorted, no duplicates): not checked, its arrays are shared.
+
+        Needs no memory beside its result: for entries that just fit.
+        """
+        shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+        index = np.int32 if max(shape) <= INT32_MAX else np.int64
+
+        def side(compressed: Any) -> SortedEntries:
+            offsets = torch.from_numpy(compressed.indptr.astype(np.int64))
+            indices = torch.from_numpy(compressed.indices.astype(index, copy=False))
+            return SortedEntries(offsets, indices, torch.from_numpy(compressed.data), None, *_plan(offsets))
+
+        return cls(shape, side(matrix), side(matrix.tocsc()))
+
+    @classmethod
     def none(
         cls,
         shape: tuple[int, int],

@@ -250,7 +250,7 @@ def guess_kind(path: PathLike) -> str:
 # ---------------------------------------------------------------------- columns by role
 
 
-def _choose_columns(
+def choose_columns(
     path: str, names: Sequence[str], explicit: dict[str, str | None], numeric: Callable[[str], bool]
 ) -> dict[str, str]:
     """The column of each role: as told, else by its name, else by position."""
@@ -304,7 +304,7 @@ def _read_roles(path: PathLike, explicit: dict[str, str | None]) -> tuple[dict[s
         filled = (cells[at] for _, cells in text.records() if len(cells) > at and cells[at].strip())
         return number(next(filled, "")) is not None
 
-    chosen = _choose_columns(str(path), names, given, numeric)
+    chosen = choose_columns(str(path), names, given, numeric)
     frame, records = read_strings(text, [chosen[role] for role in explicit])
 
     def line(row: int) -> int:
@@ -330,7 +330,7 @@ def _read_parquet(path: PathLike, explicit: dict[str, str | None]) -> tuple[dict
     try:
         schema = polars.read_parquet_schema(path)
         names = list(schema)
-        chosen = _choose_columns(str(path), names, explicit, lambda name: schema[name].is_numeric())
+        chosen = choose_columns(str(path), names, explicit, lambda name: schema[name].is_numeric())
         frame = polars.read_parquet(path, columns=list(chosen.values()))
     except (polars.exceptions.PolarsError, OSError) as error:
         raise InputError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from error
