@@ -1,36 +1,26 @@
 """Two processes do what one does: compress_, DistributedDataParallel, fully_shard, checkpoints across numbers of processes.
 
-The workers are this file run as a script: two for all tests, started once. A test sends them the name of a scenario, each runs
-it in a process group of its own and sends the result back; one that hangs is killed, and its stack is the test's message.
+The workers are this file run as a script, see workers.py.
 """
 
-import faulthandler
-import json
-import os
-import selectors
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-import traceback
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import workers
 from torch import nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels.initialization import compress_
 from lowrank_kernels.nn import AdapterLayer
 
+scenario = workers.scenario
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or not hasattr(signal, "SIGUSR1"), reason="needs gloo on a Unix"
 )
-WAIT = 60  # seconds for one scenario; a collective alone gives up after a third of it
 
 
 # ---------------------------------------------------------------------- the same in the tests and in the workers
@@ -128,104 +118,11 @@ def own(seed):
     return batch(10 * seed + dist.get_rank())
 
 
-# ---------------------------------------------------------------------- workers
-
-SCENARIOS = {}
-
-
-def scenario(function):
-    SCENARIOS[function.__name__] = function
-    return function
-
-
-def worker(rank):
-    """Runs scenarios named on stdin; answers on the stdout that nothing else writes to."""
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        name, store, arguments = json.loads(line)
-        try:
-            limit = timedelta(seconds=WAIT / 3)
-            dist.init_process_group("gloo", init_method=f"file://{store}/group", rank=rank, world_size=2, timeout=limit)
-            result = SCENARIOS[name](**arguments)
-            dist.barrier()
-            answer = {"result": result}
-        except Exception:
-            answer = {"error": traceback.format_exc()}
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        torch.save(answer, f"{store}/{rank}")
-        print("done", file=answers, flush=True)
-
-
-class Workers:
-    def __init__(self):
-        self.started = []
-
-    def start(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        for rank in range(2):
-            log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the worker
-            command = [sys.executable, __file__, str(rank)]
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
-            self.started.append((process, log))
-
-    def stop(self):
-        for process, log in self.started:
-            process.kill()
-            process.communicate()
-            log.close()
-        self.started = []
-
-    def __call__(self, name, **arguments):
-        """The results of both ranks."""
-        if not self.started:
-            self.start()
-        with tempfile.TemporaryDirectory() as store:
-            for process, _ in self.started:
-                process.stdin.write(json.dumps([name, store, arguments]) + "\n")
-                process.stdin.flush()
-            late = [rank for rank, done in enumerate(self.wait()) if not done]
-            if late:
-                stacks = "\n".join(self.stack(rank) for rank in late)
-                self.stop()
-                pytest.fail(f"{name}: rank {late} did not answer within {WAIT} s\n{stacks}")
-            answers = [torch.load(f"{store}/{rank}", weights_only=False) for rank in range(2)]
-        for rank, answer in enumerate(answers):
-            if "error" in answer:
-                pytest.fail(f"{name}: rank {rank}\n{answer['error']}")
-        return [answer["result"] for answer in answers]
-
-    def wait(self):
-        answered, end = [False, False], time.monotonic() + WAIT
-        with selectors.DefaultSelector() as selector:
-            for rank, (process, _) in enumerate(self.started):
-                selector.register(process.stdout, selectors.EVENT_READ, rank)
-            while not all(answered) and selector.get_map() and time.monotonic() < end:
-                for key, _ in selector.select(end - time.monotonic()):
-                    answered[key.data] = key.fileobj.readline() == "done\n"
-                    selector.unregister(key.fileobj)
-        return answered
-
-    def stack(self, rank):
-        process, log = self.started[rank]
-        process.send_signal(signal.SIGUSR1)
-        time.sleep(0.5)
-        log.seek(0)
-        return f"rank {rank}:\n{log.read()[-4000:]}"
-
-
 @pytest.fixture(scope="module")
 def processes():
-    workers = Workers()
-    yield workers
-    workers.stop()
+    found = workers.Workers(__file__)
+    yield found
+    found.stop()
 
 
 # ---------------------------------------------------------------------- compress_
@@ -735,11 +632,11 @@ def asleep(seconds):
 
 def test_a_worker_that_hangs_ends_in_its_stack(processes, monkeypatch):
     processes("asleep", seconds=0)
-    monkeypatch.setitem(globals(), "WAIT", 3)
+    monkeypatch.setattr(workers, "WAIT", 3)
     with pytest.raises(pytest.fail.Exception, match=r"(?s)did not answer within 3 s.*rank 1:.*in asleep"):
         processes("asleep", seconds=600)
     assert not processes.started
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]))
+    workers.main()
