@@ -357,7 +357,7 @@ def read_parts(
         )
         for role, labels in (("row", own), ("col", col_labels))
     ]
-    bounds = [label.item() for label in (own[0], own[-1])]
+    bounds = [polars.lit(label.item()) for label in (own[0], own[-1])]
     wanted = (
         polars.concat([frame for _, frame in source.frames])
         .filter(polars.col("row").is_between(*bounds))
