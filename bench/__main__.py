@@ -14,7 +14,7 @@ from .harness import DATA, Session, Skipped, machine_slug, warn_if_busy
 from .rows import print_table
 
 GPU_BENCHES = ("three_factor_cuda", "completion_cuda", "encoder_cuda")  # skipped without a GPU
-BENCHES = ("completion", "three_factor", "compress", "training", "peers", *GPU_BENCHES)
+BENCHES = ("completion", "three_factor", "compress", "training", "scale", "peers", *GPU_BENCHES)
 
 
 def part_share(bench: str, part: str) -> float:
