@@ -171,7 +171,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         Entries given several times are averaged, with a warning. Ctrl-C ends the training with the best factors so far and
         ``status_`` INTERRUPTED.
         """
-        team = self._team("fit")
+        team = self._fitting_team("fit")
         with self._all_or_nothing():
             with team.together():
                 row, col = two_columns("fit", pairs)
@@ -219,7 +219,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             memory_limit: bytes allowed on a machine; by default what is free.
             report: called as ``report(what, done, total)`` while the files are read.
         """
-        team = self._team("fit_parts")
+        team = self._fitting_team("fit_parts")
         with self._all_or_nothing():
             with team.together():
                 found = read_parts(
@@ -413,7 +413,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         self.n_steps_ = result.steps
         self.n_features_in_ = 2
         if result.status is solver.Status.DIVERGED:
-            warnings.warn(f"DeepMatrixCompletion: {result.status.message}", UserWarning, stacklevel=4)
+            warnings.warn(f"DeepMatrixCompletion: {result.status.message}", UserWarning, stacklevel=3)
 
     def _current_model(self, offset: float, scale: float, entries: ObservedEntries) -> solver.CompletionModel:
         """The fitted factors as a start, in standardised units; the change of the mean goes into the column biases."""
@@ -482,10 +482,10 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         with team.together():
             row, col = two_columns("predict", pairs)
             wanted = team.meet((row, col))
-            j = label_codes("column", self.col_labels_, col)
-            # float64: an offset far above the spread would swallow it in float32
-            out = self.offset_ + np.where(j >= 0, self.col_bias_[j], 0)
             parts = team.meet([self._row_part(*each) for each in wanted])  # a pair's row is here or elsewhere
+            j = label_codes("column", self.col_labels_, col)
+            out = np.full(len(j), self.offset_)  # float64: an offset far above the spread would swallow it in float32
+            out += np.where(j >= 0, self.col_bias_[j], 0)
             out += sum(each[team.rank] for each in parts)
         return out
 
@@ -602,21 +602,25 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
     # ------------------------------------------------------------------ checks
 
     def _team(self, method: str) -> Team:
-        """The processes that hold the rows, after the parameters were checked in all of them."""
-        team = Team()
-        if self.distributed:
-            if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-                raise ValueError(
-                    f"DeepMatrixCompletion.{method}: distributed=True needs a process group; start with torchrun and call "
-                    "torch.distributed.init_process_group() first"
-                )
-            team = team_of(f"DeepMatrixCompletion.{method}")
+        """The processes that hold the rows."""
+        if not self.distributed:
+            return Team()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(
+                f"DeepMatrixCompletion.{method}: distributed=True needs a process group; start with torchrun and call "
+                "torch.distributed.init_process_group() first"
+            )
+        return team_of(f"DeepMatrixCompletion.{method}")
+
+    def _fitting_team(self, method: str) -> Team:
+        """The same, once the parameters were found right, and the same, in all of them."""
+        if not isinstance(self.distributed, (bool, np.bool_)):
+            raise ValueError(f"DeepMatrixCompletion: distributed must be True or False, got {self.distributed!r}")
+        team = self._team(method)
         with team.together():
             self._check_parameters()
-            settings = {
-                name: getattr(self, name) for name in ("rank", *IDENTITY, "max_steps", "warm_start", "checkpoint_every")
-            }
-            agreed(team, f"DeepMatrixCompletion.{method}", settings)
+            names = ("rank", *IDENTITY, "max_steps", "warm_start", "checkpoint", "checkpoint_every")
+            agreed(team, f"DeepMatrixCompletion.{method}", {name: getattr(self, name) for name in names})
         return team
 
     def _refuse_without_entries(self, method: str, step: str) -> None:
@@ -658,8 +662,6 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             refuse("patience", "an integer of at least 1")
         if not (is_integer(self.checkpoint_every) and self.checkpoint_every >= 10 and self.checkpoint_every % 10 == 0):
             refuse("checkpoint_every", "a multiple of 10, the steps between checks")
-        if not isinstance(self.distributed, (bool, np.bool_)):
-            refuse("distributed", "True or False")
 
     def _same_labels(self, rows: NDArray[Any], cols: NDArray[Any], team: Team) -> bool:
         same = np.array_equal(rows, self.row_labels_) and np.array_equal(cols, self.col_labels_)
