@@ -361,9 +361,8 @@ def test_compile(dynamic: bool, closed: bool) -> None:
         close(dict(enumerate(got)), dict(enumerate(wanted)))  # type: ignore[arg-type]
     names = [name for graph in graphs for name in graph]
     if LEVELS:
-        assert names.count("lowrank_kernels._completion.default") == (
-            1 if dynamic else 1 + len(others)
-        )  # dynamic: one graph for both
+        one_for_both = dynamic and torch.__version__ >= "2.6"  # earlier ones compile again
+        assert names.count("lowrank_kernels._completion.default") == (1 if one_for_both else 1 + len(others))
         assert not any("index" in name for name in names), "the reference was compiled instead of the op"
 
 
@@ -384,7 +383,12 @@ def test_compile_by_the_default_backend() -> None:
 def test_compile_without_gradients() -> None:
     torch._dynamo.reset()
     problem = SMALL.problem()
-    compiled = torch.compile(lambda left: problem._replace(left=left).run(ops.completion_loss), fullgraph=True, backend="eager")
+    keywords = {"row_bias": problem.row_bias, "col_bias": problem.col_bias, "offset": problem.offset}
+
+    def loss(left: Tensor) -> Tensor:
+        return ops.completion_loss(left, problem.core, problem.right, problem.entries, **keywords)  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     assert torch.equal(compiled(problem.left), problem.run(ops.completion_loss))
 
 
