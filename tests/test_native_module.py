@@ -114,13 +114,20 @@ def _content(make: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return write
 
 
-def _compiled(source: str) -> Callable[[Path], None]:
+def _compiled(source: str, needs: str = "") -> Callable[[Path], None]:
+    """A module of a C source, linked to a library that is gone afterwards."""
+
     def write(folder: Path) -> None:
         if shutil.which("cc") is None:
             pytest.skip("needs a C compiler")
+        gone = ["-Wl,--no-as-needed", str(folder / needs)] if needs else []
+        if gone:
+            subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", f"-Wl,-soname,{needs}", "-o", gone[1]], check=True)
         include, target = sysconfig.get_path("include"), str(folder / f"_C{SUFFIX}")
-        options = [f"-I{include}", "-shared", "-fPIC", "-Wl,-z,now", "-x", "c", "-", "-o", target]
+        options = [f"-I{include}", "-shared", "-fPIC", "-Wl,-z,now", "-o", target, "-x", "c", "-", "-x", "none", *gone]
         subprocess.run(["cc", *options], input=source, text=True, check=True)
+        for path in gone[1:]:
+            os.unlink(path)
 
     return write
 
@@ -141,6 +148,7 @@ BROKEN = {
     "cut-off": (_content(lambda content: content[: len(content) // 2]), "is cut off;"),
     "undefined-symbol": (_compiled(UNDEFINED), "undefined symbol: missing_symbol"),
     "older-module": (_compiled(OLDER), "has no attribute 'simd_level'"),
+    "no-libgomp": (_compiled("int nothing;", "libgomp-gone.so.1"), "libgomp-gone.so.1: cannot open.*; install libgomp"),
     "no-entry": (_compiled("int nothing;"), "does not define module export function"),
 }
 
@@ -168,7 +176,7 @@ def test_a_broken_native_module_is_one_line(broken_runs: Path, case: str) -> Non
     assert len(lines) == 1, err
     assert "lowrank_kernels: everything runs on the PyTorch reference, the compiled module lowrank_kernels._C" in lines[0]
     assert re.search(BROKEN[case][1], lines[0]), lines[0]
-    assert "pip install --force-reinstall --no-deps lowrank-kernels" in lines[0]
+    assert lines[0].endswith("; pip install --force-reinstall --no-deps lowrank-kernels") or case == "no-libgomp"
     assert re.search(r"module +not loaded .*everything runs on the PyTorch reference", out)
     assert re.search(r"three_factor\w* on cpu +PyTorch reference", out)
 

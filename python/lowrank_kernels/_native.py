@@ -53,11 +53,10 @@ def _load() -> tuple[ModuleType | None, str]:
     except Exception as error:
         wrong = " ".join(str(error).split())
     reason = f"the compiled module {__package__}._C did not load: {wrong}"
-    warnings.warn(
-        f"lowrank_kernels: everything runs on the PyTorch reference, {reason}; "
-        "pip install --force-reinstall --no-deps lowrank-kernels",
-        stacklevel=2,
-    )
+    step = "pip install --force-reinstall --no-deps lowrank-kernels"
+    if "libgomp" in wrong:  # older torch has its own under a private name
+        step = "install libgomp (Debian: libgomp1, Fedora: libgomp)"
+    warnings.warn(f"lowrank_kernels: everything runs on the PyTorch reference, {reason}; {step}", stacklevel=2)
     return None, reason
 
 
