@@ -76,13 +76,18 @@ def row(version: str, wheel: Path) -> str:
         _, log = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=Path(name))
         status, facts = run(python, "-W", "ignore", "-c", FACTS, cwd=Path(name))
     (ENVIRONMENTS / f"{version}.log").write_text(log)
-    outcome = log.splitlines()[-1].strip("= ") if log else "no output"
-    print(outcome, flush=True)
+    print(outcome(log), flush=True)
     if status:
         return f"| {version} | | | | {wheel.name} | | failed: {reason(facts)} | {today} |"
     torch, build, interpreter, numpy, openmp = json.loads(facts.splitlines()[-1])
-    tests = re.sub(r",? *\d+ warnings?| in [\d.]+s.*", "", outcome)
-    return f"| {torch} | {build} | {interpreter} | {numpy} | {wheel.name} | {openmp} | {tests} | {today} |"
+    return f"| {torch} | {build} | {interpreter} | {numpy} | {wheel.name} | {openmp} | {outcome(log)} | {today} |"
+
+
+def outcome(log: str) -> str:
+    """pytest's last line without the time, and the names of what failed."""
+    last = (log.splitlines() or ["no output"])[-1].strip("= ")
+    failed = re.findall(r"^FAILED (\S+)", log, re.MULTILINE)
+    return re.sub(r",? *\d+ warnings?| in [\d.]+s.*", "", last) + (f": {', '.join(failed)}" if failed else "")
 
 
 def rows(text: str) -> dict[str, str]:

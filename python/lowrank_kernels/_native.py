@@ -54,7 +54,7 @@ def _load() -> tuple[ModuleType | None, str]:
         wrong = " ".join(str(error).split())
     reason = f"the compiled module {__package__}._C did not load: {wrong}"
     step = "pip install --force-reinstall --no-deps lowrank-kernels"
-    if "libgomp" in wrong:  # older torch has its own under a private name
+    if "libgomp" in wrong:  # a torch without it: one built against another OpenMP
         step = "install libgomp (Debian: libgomp1, Fedora: libgomp)"
     warnings.warn(f"lowrank_kernels: everything runs on the PyTorch reference, {reason}; {step}", stacklevel=2)
     return None, reason
