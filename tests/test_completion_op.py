@@ -361,7 +361,7 @@ def test_compile(dynamic: bool, closed: bool) -> None:
         close(dict(enumerate(got)), dict(enumerate(wanted)))  # type: ignore[arg-type]
     names = [name for graph in graphs for name in graph]
     if LEVELS:
-        one_for_both = dynamic and torch.__version__ >= "2.6"  # earlier ones compile again
+        one_for_both = dynamic and torch.__version__ >= "2.13"  # 2.4 and 2.6 compile again
         assert names.count("lowrank_kernels._completion.default") == (1 if one_for_both else 1 + len(others))
         assert not any("index" in name for name in names), "the reference was compiled instead of the op"
 
