@@ -48,9 +48,9 @@ def run(*command: str | Path, cwd: Path = ROOT) -> tuple[int, str]:
 
 
 def reason(said: str) -> str:
-    """pip's last error, in one line of a table."""
+    """pip's first error, in one line of a table."""
     errors = [line for line in said.splitlines() if line.startswith("ERROR: ")]
-    return (errors or said.splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ").replace("|", "/")
+    return (errors or said.splitlines()[-1:] or ["no reason given"])[0].removeprefix("ERROR: ").replace("|", "/")
 
 
 def row(version: str, wheel: Path) -> str:
