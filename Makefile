@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml
 OUT ?= out/gpu
 CLANG_FORMAT_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu)
 
-.PHONY: dev demo test docs lint format bench gpu clean
+.PHONY: dev demo test docs lint format bench gpu wheel sdist torch-matrix clean
 
 dev: $(VENV)/installed  ## virtual environment, editable install with every extra and the development tools
 
@@ -31,10 +31,13 @@ test: dev  ## the whole test suite
 docs: dev  ## the documentation site into out/docs; needs no network
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs
 
-lint: dev  ## formatting, style, types
+lint: dev  ## formatting, style, types, configuration
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	test ! -x $(BIN)/zizmor || $(BIN)/zizmor -q --offline --no-progress .github/workflows
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMAT_FILES)
 
 format: dev
@@ -48,5 +51,14 @@ bench: dev  ## all benches; appends rows to bench/data/<machine>.csv
 gpu:  ## build, tests, kernel checks and benches of the GPU here into OUT=folder, within nine minutes; needs no `make dev`
 	$(PYTHON) -m bench.gpu --out $(OUT) $(ARGS)
 
+wheel: dev  ## the wheel into dist/: built, repaired, audited, tested in a clean environment; LRK_CUDA=OFF or ON as for pip
+	$(BIN)/python -m release.wheel
+
+sdist: dev  ## the sdist into dist/, which must build back into the same wheel without nvcc
+	$(BIN)/python -m release.wheel --sdist
+
+torch-matrix: dev  ## the wheel of dist/ beside several versions of torch, into docs/torch_versions.md; gigabytes of downloads
+	$(BIN)/python -m release.torch_matrix $(ARGS)
+
 clean:
-	rm -rf $(VENV) build out
+	rm -rf $(VENV) build dist out

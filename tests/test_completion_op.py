@@ -361,9 +361,8 @@ def test_compile(dynamic: bool, closed: bool) -> None:
         close(dict(enumerate(got)), dict(enumerate(wanted)))  # type: ignore[arg-type]
     names = [name for graph in graphs for name in graph]
     if LEVELS:
-        assert names.count("lowrank_kernels._completion.default") == (
-            1 if dynamic else 1 + len(others)
-        )  # dynamic: one graph for both
+        one_for_both = dynamic and torch.__version__ >= "2.13"  # 2.4 and 2.6 compile again
+        assert names.count("lowrank_kernels._completion.default") == (1 if one_for_both else 1 + len(others))
         assert not any("index" in name for name in names), "the reference was compiled instead of the op"
 
 
@@ -384,7 +383,12 @@ def test_compile_by_the_default_backend() -> None:
 def test_compile_without_gradients() -> None:
     torch._dynamo.reset()
     problem = SMALL.problem()
-    compiled = torch.compile(lambda left: problem._replace(left=left).run(ops.completion_loss), fullgraph=True, backend="eager")
+    keywords = {"row_bias": problem.row_bias, "col_bias": problem.col_bias, "offset": problem.offset}
+
+    def loss(left: Tensor) -> Tensor:
+        return ops.completion_loss(left, problem.core, problem.right, problem.entries, **keywords)  # type: ignore[arg-type]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     assert torch.equal(compiled(problem.left), problem.run(ops.completion_loss))
 
 
@@ -1053,13 +1057,14 @@ def test_one_openmp_runtime_that_obeys_torch() -> None:
         lanes = _native.factor_lanes(torch.float32, torch.device("cpu"))
         own, other = torch.ones(700, lanes), torch.ones(400, lanes)
 
-        def threads_after(wanted):
-            torch.set_num_threads(wanted)
+        def threads_made(wanted):
+            torch.set_num_threads(wanted)  # older torch makes threads here, in another pool
+            before = len(os.listdir("/proc/self/task"))
             for _ in range(20):
                 _native.completion_pass(problem.entries.by_row, own, other, None, None, 0.0)
-            return len(os.listdir("/proc/self/task"))
+            return len(os.listdir("/proc/self/task")) - before
 
-        print(*(threads_after(n) for n in (1, 2, 4)))
+        print(*(threads_made(n) for n in (1, 2, 4)))
         with open("/proc/self/maps") as maps:
             print(*{{line.split()[-1] for line in maps if re.search(r"lib[gi]?omp", line)}})
         """,
@@ -1068,7 +1073,7 @@ def test_one_openmp_runtime_that_obeys_torch() -> None:
     counts, runtimes = said.strip().split("\n")
     one, two, four = map(int, counts.split())
     if _native._C.openmp:
-        assert (two - one, four - one) == (1, 3)
+        assert (one, two, four) == (0, 1, 2)
     assert len(runtimes.split()) == 1, runtimes
 
 

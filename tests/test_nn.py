@@ -119,6 +119,8 @@ def test_layer_is_the_base_with_the_delta_weight(name, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", HOSTS)
 def test_layer_is_as_exact_as_plain_torch_in_each_dtype(name, method, dtype):
+    if name == "conv2d-reflect" and dtype == torch.float16 and torch.__version__ < "2.6":
+        pytest.skip("torch 2.4 does not pad by reflection in half precision on a CPU")
     base, x, plain = host(name, dtype)
     layer = wrap(base, method)
     assert {p.dtype for p in layer.adapter_parameters("default").values()} == {torch.float32}

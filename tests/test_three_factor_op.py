@@ -558,6 +558,8 @@ def test_null_pointers_are_refused() -> None:
 @pytest.mark.parametrize("path", THREE_FACTOR_PATHS[1:])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(SHORT[v] for v in d.values() if v))
 def test_bitwise_the_same_for_any_number_of_threads_and_from_run_to_run(dtypes: dict[str, Any], path: str) -> None:
+    if float(torch.tensor(1e-40) * 1.0) == 0.0:  # as torch.compile's default backend leaves the process in torch 2.4
+        pytest.skip("this thread flushes subnormal numbers to zero, others may not")
     # Without the base product, which is the BLAS's own affair.
     case = ThreeFactorCase(777, 200, 150, 17, weight=False, dropout_p=0.1, **dtypes)
     problem, before = case.problem(), torch.get_num_threads()

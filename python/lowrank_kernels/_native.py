@@ -1,16 +1,21 @@
 """The only caller of the native module ``_C``: loads it, says why when it cannot, and turns tensors into pointers.
 
-``LOWRANK_KERNELS_NATIVE=0`` in the environment skips loading; everything then runs on the PyTorch reference.
+``LOWRANK_KERNELS_NATIVE=0`` in the environment skips loading; everything then runs on the PyTorch reference. So it does, with
+one warning at import, where the module is missing or broken.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,18 +23,49 @@ from torch import Tensor
 from .entries import LONG_ROW, SortedEntries
 
 
+def _cut_off(path: Path) -> bool:
+    """True for an ELF file that ends before its own table of sections does: loading it would stop the process."""
+    head = path.read_bytes()[:64]
+    if len(head) < 64 or not head.startswith(b"\x7fELF\x02\x01"):
+        return False  # other systems, and what the loader refuses by itself
+    start, entry, count = (int.from_bytes(head[a:b], "little") for a, b in ((0x28, 0x30), (0x3A, 0x3C), (0x3C, 0x3E)))
+    return path.stat().st_size < start + entry * count
+
+
 def _load() -> tuple[ModuleType | None, str]:
+    """The native module, or why it is not there. Whatever is wrong with it, the import of the package goes on."""
     if os.environ.get("LOWRANK_KERNELS_NATIVE", "1") == "0":
         return None, "switched off by LOWRANK_KERNELS_NATIVE=0"
+    wrong = ""
     try:
-        from . import _C
-    except ImportError as error:
-        return None, f"the compiled module lowrank_kernels._C did not load: {error}"
-    return _C, ""
+        found = find_spec(f"{__package__}._C")
+        if found is None:
+            others = sorted(path.name for path in Path(__file__).parent.glob("_C.*[!i]"))
+            here = f"{sys.implementation.cache_tag} on {platform.machine()}"
+            wrong = f"there is none for {here}, only {', '.join(others)}" if others else "it is missing"
+        elif _cut_off(Path(found.origin or "")):
+            wrong = f"{found.origin} is cut off"
+        else:
+            from . import _C
+
+            _C.simd_level(), _C.simd_bytes(), _C.max_rank, _C.has_cuda, _C.cuda_architectures
+            return _C, ""
+    except Exception as error:
+        wrong = " ".join(str(error).split())
+    reason = f"the compiled module {__package__}._C did not load: {wrong}"
+    step = "pip install --force-reinstall --no-deps lowrank-kernels"
+    if "libgomp" in wrong:  # a torch without it: one built against another OpenMP
+        step = "install libgomp (Debian: libgomp1, Fedora: libgomp)"
+    warnings.warn(f"lowrank_kernels: everything runs on the PyTorch reference, {reason}; {step}", stacklevel=2)
+    return None, reason
 
 
-_C: Any
-_C, unavailable = _load()  # `unavailable` is the reason, empty when the module is there
+if TYPE_CHECKING:
+    from . import _C
+
+    unavailable = ""
+else:
+    _C, unavailable = _load()  # `unavailable` is the reason, empty when the module is there
 _SIMD_BYTES = 0 if _C is None else int(_C.simd_bytes())  # constants: torch.compile reads them, it cannot call into _C
 MIN_CAPABILITY = (8, 0)  # the oldest GPU architecture the CUDA kernels are compiled for
 _HAS_CUDA = _C is not None and bool(_C.has_cuda) and torch.version.hip is None
@@ -105,7 +141,7 @@ def gpu_reason(index: int) -> str:
 @cache
 def _gpu_serves(index: int) -> bool:
     reason = gpu_reason(index)
-    if reason and _C is not None:  # a module that is not there is silent on the CPU as well
+    if reason and _C is not None:  # a module that is not there was told of at import
         warnings.warn(
             f"lowrank_kernels: the PyTorch reference takes the place of the CUDA kernels on GPU {index}: {reason}", stacklevel=4
         )
@@ -293,7 +329,8 @@ def three_factor_backward(
     dcore = torch.empty_like(core) if wanted[2] and core is not None else left.new_empty(0)
     dright = torch.empty_like(right) if wanted[3] else left.new_empty(0)
     arguments = _three_factor_arguments(x, left, core, right, scale, shift, threshold, seed)
-    pointers = (dy.data_ptr(), dy.stride(0), *(t.data_ptr() for t in (z, dx, dleft, dcore, dright)))
+    outputs = (dx.data_ptr(), dleft.data_ptr(), dcore.data_ptr(), dright.data_ptr())
+    pointers = (dy.data_ptr(), dy.stride(0), z.data_ptr(), *outputs)
     if x.device.type == "cuda":
         _three_factor_cuda(_C.three_factor_backward_cuda, x, arguments, True, *pointers)
     else:

@@ -110,7 +110,7 @@ def _cuda() -> Iterator[Line]:
 
     from . import _native
 
-    native = _native._C
+    native: Any = _native._C
     if getattr(native, "has_cuda", False):
         built = f"CUDA {_ask(native, 'cuda_version')}"
         yield Line("cuda", "kernels", "built", f"{built}, architectures {_ask(native, 'cuda_architectures')}")

@@ -90,7 +90,12 @@ class AdapterLayer(nn.Module):
     matrix_shape: tuple[int, int]
     _base_class: type[nn.Module]
     _kinds: Mapping[str, str] = {"left": "left", "core": "core", "right": "right"}  # kind -> attribute of its parameters
+    _factor_names = ("left", "core", "right")  # of these three: torch.compile before 2.7 cannot read a dict of a class
     _mirrored: tuple[str, ...] = ()  # attributes of the base layer that models read
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls._factor_names = (cls._kinds["left"], cls._kinds["core"], cls._kinds["right"])
 
     def __init__(self, base_layer: nn.Module, *args: Any, adapter: str = "default", **options: Any) -> None:
         reason = self._refusal(base_layer)
@@ -158,10 +163,11 @@ class AdapterLayer(nn.Module):
 
     def factors(self, name: str) -> Factors:
         """The factors of an adapter as the forward pass uses them: the parameters themselves, differentiable."""
-        info, modules, kinds = self._info(name), self._modules, self._kinds
+        info, modules = self._info(name), self._modules
+        left_name, core_name, right_name = self._factor_names
         # Straight from the dicts: attributes of modules cost 6 us here, a tenth of a small layer's forward pass.
-        left, right = modules[kinds["left"]]._parameters[name], modules[kinds["right"]]._parameters[name]  # type: ignore[union-attr]
-        core = modules[kinds["core"]]._parameters.get(name)  # type: ignore[union-attr]
+        left, right = modules[left_name]._parameters[name], modules[right_name]._parameters[name]  # type: ignore[union-attr]
+        core = modules[core_name]._parameters.get(name)  # type: ignore[union-attr]
         return Factors(left, core, right, info.scale, info.shift)  # type: ignore[arg-type]
 
     @classmethod

@@ -120,7 +120,8 @@ def _loss_and_gradients(
     wanted: tuple[bool, bool, bool, bool, bool],  # left, core, right, row_bias, col_bias
 ) -> tuple[Tensor, CompletionGradients]:
     k = left.shape[1]
-    extra = -k % _native.factor_lanes(left.dtype, left.device)
+    lanes = _native.factor_lanes(left.dtype, left.device)
+    extra = (lanes - k % lanes) % lanes  # -k % lanes, in a form whose sign torch.compile of 2.4 sees for a symbolic k
     product = core_product(core)
     # Padding the k x k product pads P for free.
     padded = None if product is None else F.pad(product, (0, extra)) if extra else product

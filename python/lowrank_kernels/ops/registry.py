@@ -16,6 +16,13 @@ library = torch.library.Library("lowrank_kernels", "DEF")
 # a private name of torch, so its absence must not break the import. Always ask it first: behind any other condition
 # torch.compile(torch.func.grad(f)) returned zeros.
 functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+if torch.__version__ < "2.6":  # torch.compile of 2.4 cannot trace the question: it is asked while tracing
+
+    def _asked_while_tracing(ask: Callable[[], bool] = functorch_active) -> bool:
+        return ask()
+
+    _asked_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch._dynamo.assume_constant_result
+    functorch_active = _asked_while_tracing
 
 
 def forward_ad_active() -> bool:

@@ -28,9 +28,8 @@ def core_gradients(core: Tensor, grad_product: Tensor) -> Tensor:
     prefixes = [layers[0]]  # prefixes[l] = core[l] @ ... @ core[0]
     for layer in layers[1:-1]:
         prefixes.append(layer @ prefixes[-1])
-    grads = [grad_product] * depth
+    grads = []  # from the last layer on; torch.compile of 2.6 with dynamic shapes cannot write into a list by index
     for index in range(depth - 1, 0, -1):
-        grads[index] = grad_product @ prefixes[index - 1].t()
+        grads.append(grad_product @ prefixes[index - 1].t())
         grad_product = layers[index].t() @ grad_product
-    grads[0] = grad_product
-    return torch.stack(grads)
+    return torch.stack([grad_product, *reversed(grads)])
