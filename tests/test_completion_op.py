@@ -593,7 +593,11 @@ def test_extreme_values_and_weights(length: int, position: str) -> None:
         entries = ObservedEntries.from_coo([3] * length, list(range(length)), values, shape=(SMALL.m, SMALL.n), weights=weights)
         one = problem._replace(entries=entries)
         exact = one.exact()  # squaring first, as the reference does, overflows
-        check(f"{length} entries, {position}", fused(one), {name: x.float() for name, x in exact.items()}, exact)
+        plain = {name: x.float() for name, x in exact.items()}
+        if extra and length > 1:  # without that entry the reference overflows no more: its error is what is allowed
+            rest = entries.select(weights > 0)
+            plain = problem._replace(entries=rest).loss_and_gradients(reference.completion_loss)
+        check(f"{length} entries, {position}", fused(one), plain, exact)
 
 
 def test_all_weights_zero() -> None:
