@@ -144,7 +144,11 @@ def run_scaling(session: Session) -> None:
         sizes, steps, repeats = [(20_000, 900, 300), (9_000, 900, 300), (9_000, 300, 100)], 20, 1
     else:
         n = synthetic.COLUMNS
-        sizes, steps, repeats = [(20_000_000, synthetic.ROWS, n), (5_000_000, synthetic.ROWS, n), (5_000_000, 60_000, n)], 30, 3
+        sizes, steps, repeats = (
+            [(20_000_000, synthetic.ROWS, n), (5_000_000, synthetic.ROWS, n), (5_000_000, 120_000, n)],
+            30,
+            3,
+        )
     runs: dict[tuple[int, int, int], list[list[dict[str, Any]]]] = {}
     pairs: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []
     for size in sizes:

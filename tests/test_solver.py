@@ -463,7 +463,7 @@ def test_validation_stops_early_and_keeps_the_best_model():
     assert result.status is Status.EARLY_STOPPED
     assert result.steps < 400
     assert int(np.argmin(errors)) == len(errors) - 1 - 4
-    assert solver._rmse(model, validation) == pytest.approx(min(errors), rel=1e-6)
+    assert solver._rmse(model, validation, solver._whole(validation)) == pytest.approx(min(errors), rel=1e-6)
 
 
 def test_status_converged_or_max_steps():
