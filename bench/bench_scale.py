@@ -1,8 +1,9 @@
 """Completion beyond one process: strong scaling, the cost model against a run it has not seen, and Netflix's size.
 
 A run is this file started as one process or by torchrun as two, of one thread each, on synthetic parts (bench.synthetic); it
-prints one JSON line. The constants are fitted to runs of one process, and to sums of arrays over two; what they predict for two
-processes is compared with what was measured.
+prints one JSON line. Two processes that share a memory, or a core, slow each other down: what the machine gives two strangers,
+with half of the entries each and nothing exchanged, is measured too. The constants are fitted to strangers of other sizes and to
+sums of arrays; what they predict for two processes is compared with what was measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from . import synthetic
 from .harness import ROOT, Bar, Session, Timing
 
 RANK = 32
-ONE, TWO = "one process", "two processes"
+ONE, TWO, APART = "one process", "two processes", "two strangers"
 GIB = 1 << 30
 
 
@@ -109,6 +111,12 @@ def _time_sums(team: Any) -> list[tuple[int, float]]:
     return found
 
 
+def run_apart(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """Two runs of one process at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [said[0] for said in pool.map(lambda _: run_in(1, folder, steps), range(2))]
+
+
 def run_in(processes: int, folder: Path, steps: int) -> list[dict[str, Any]]:
     """What every process of a run says of itself."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -140,30 +148,28 @@ def parts_of(session: Session, entries: int, rows: int, columns: int) -> Iterato
 
 
 def run_scaling(session: Session) -> None:
-    if session.quick:
-        sizes, steps, repeats = [(20_000, 900, 300), (9_000, 900, 300), (9_000, 300, 100)], 20, 1
-    else:
-        n = synthetic.COLUMNS
-        sizes, steps, repeats = (
-            [(20_000_000, synthetic.ROWS, n), (5_000_000, synthetic.ROWS, n), (5_000_000, 120_000, n)],
-            30,
-            3,
-        )
-    runs: dict[tuple[int, int, int], list[list[dict[str, Any]]]] = {}
-    pairs: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []
-    for size in sizes:
-        with parts_of(session, *size) as folder:
-            for _ in range(repeats):
-                session.say(f"scale: one process, {size[0]:,} entries")
-                runs.setdefault(size, []).append(run_in(1, folder, steps))
-                if size == sizes[0]:
-                    session.say("scale: two processes")
-                    pairs.append((runs[size][-1], run_in(2, folder, steps)))
-    alone, shared = [step_seconds(one) for one, _ in pairs], [step_seconds(two) for _, two in pairs]
-    count, rows, columns = sizes[0]
-    case = f"strong scaling: {count:,} entries, {rows:,} x {columns:,}, k={RANK}"
-    ratio = statistics.median(a / b for a, b in zip(alone, shared, strict=True))
-    losses = [np.array(said[0]["losses"]) for said in pairs[-1]]
+    n = 300 if session.quick else synthetic.COLUMNS
+    whole, half = ((20_000, 900), (10_000, 450)) if session.quick else ((20_000_000, synthetic.ROWS), (10_000_000, 240_094))
+    others = (
+        [(9_000, 450), (20_000, 450), (9_000, 200)]
+        if session.quick
+        else [(5_000_000, 240_094), (15_000_000, 240_094), (5_000_000, 120_000)]
+    )
+    steps, repeats = (20, 1) if session.quick else (30, 3)
+    ones, twos = [], []
+    with parts_of(session, *whole, n) as folder:
+        for _ in range(repeats):
+            session.say("scale: one process, then two")
+            ones.append(run_in(1, folder, steps))
+            twos.append(run_in(2, folder, steps))
+    apart: dict[tuple[int, int], list[list[dict[str, Any]]]] = {}
+    for size in (half, *others):
+        with parts_of(session, *size, n) as folder:
+            session.say("scale: two strangers")
+            apart[size] = [run_apart(folder, steps) for _ in range(repeats)]
+    alone, shared, strangers = ([step_seconds(said) for said in runs] for runs in (ones, twos, apart[half]))
+    case = f"strong scaling: {whole[0]:,} entries, {whole[1]:,} x {n:,}, k={RANK}"
+    losses = [np.array(runs[-1][0]["losses"]) for runs in (ones, twos)]
     drift = float(np.abs(losses[0] / losses[1] - 1).max())
     if drift > 1e-4:
         session.fail(f"scale: the losses of two processes differ from those of one by {drift:.2g}")
@@ -175,14 +181,23 @@ def run_scaling(session: Session) -> None:
         threads=2,
         **Timing(shared).columns(),
         baseline=ONE,
-        ratio=ratio,
+        ratio=statistics.median(a / b for a, b in zip(alone, shared, strict=True)),
         error=drift,
         bars=() if session.quick else (Bar("ratio", 1.6, at_least=True),),
         note="a step, one thread each; error: of the losses, relative to one process",
     )
-    two = pairs[-1][1]
-    formula = 4 * (columns * RANK + columns + RANK**2 + 1) + 4 * (columns * (2 * RANK + 2) + RANK + 6) / 10
-    measured = statistics.mean(two[0]["step_bytes"])
+    session.record(
+        "scale",
+        case,
+        APART,
+        threads=2,
+        **Timing(strangers).columns(),
+        baseline=ONE,
+        ratio=statistics.median(alone) / statistics.median(strangers),
+        note="half of the entries and rows each, nothing exchanged: what the machine gives two processes",
+    )
+    formula = 4 * (n * RANK + n + RANK**2 + 1) + 4 * (n * (2 * RANK + 2) + RANK + 6) / 10
+    measured = statistics.mean(twos[-1][0]["step_bytes"])
     session.record(
         "scale",
         case,
@@ -192,33 +207,31 @@ def run_scaling(session: Session) -> None:
         bars=[Bar("over the formula", 1.0001)],
         note=f"{measured:.0f} bytes a process, a tenth of a re-estimation included; formula {formula:.0f}",
     )
-    # seconds = a entries + b (rows + columns) + c numbers summed
-    table = np.array([[size[0], size[1] + size[2]] for size in sizes], float)
-    times = np.array([statistics.median(step_seconds(said) for said in runs[size]) for size in sizes])
-    weights = 1 / times
-    (an_entry, a_row), *_ = np.linalg.lstsq(table * weights[:, None], times * weights, rcond=None)
-    counts, seconds = np.array([each for _, said in pairs for each in said[0]["sums"]]).T
+    # seconds = a entries + b (rows + columns) + c numbers summed, two processes at work
+    table = np.array([[count, rows + n] for count, rows in others], float)
+    times = np.array([statistics.median(step_seconds(said) for said in apart[size]) for size in others])
+    (an_entry, a_row), *_ = np.linalg.lstsq(table / times[:, None], np.ones(len(others)), rcond=None)
+    counts, seconds = np.array([each for said in twos for each in said[0]["sums"]]).T
     a_number = float((counts * seconds).sum() / (counts * counts).sum())
     for name, value, unit in (
         ("an entry", 1e9 * an_entry, "ns a step"),
         ("a factor row", 1e9 * a_row, "ns a step"),
         ("a summed number", 1e9 * a_number, "ns"),
     ):
-        session.record("scale", f"cost model, k={RANK}", name, metric=unit, value=float(value))
-    busiest = max(two, key=lambda each: each["entries"] * an_entry + each["rows"] * a_row)
-    predicted = busiest["entries"] * an_entry + (busiest["rows"] + columns) * a_row + formula / 4 * a_number
+        session.record("scale", f"cost model, k={RANK}", name, metric=unit, value=float(value), note="two processes at work")
+    busiest = max(twos[-1], key=lambda each: each["entries"] * an_entry + each["rows"] * a_row)
+    predicted = busiest["entries"] * an_entry + (busiest["rows"] + n) * a_row + formula / 4 * a_number
+    over = "measured over predicted"
     session.record(
         "scale",
         case,
         "the model's prediction",
         threads=2,
         median_ms=1e3 * predicted,
-        metric="measured over predicted",
+        metric=over,
         value=statistics.median(shared) / predicted,
-        bars=()
-        if session.quick
-        else [Bar("measured over predicted", 1.25), Bar("measured over predicted", 0.75, at_least=True)],
-        note="constants from runs of one process and from sums alone",
+        bars=() if session.quick else (Bar(over, 1.25), Bar(over, 0.75, at_least=True)),
+        note="constants from strangers of other sizes and from sums alone",
     )
 
 
