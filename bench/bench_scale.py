@@ -2,8 +2,8 @@
 
 A run is this file started as one process or by torchrun as two, of one thread each, on synthetic parts (bench.synthetic); it
 prints one JSON line. Two processes that share a memory, or a core, slow each other down: what the machine gives two strangers,
-with half of the entries each and nothing exchanged, is measured too. The constants are fitted to strangers of other sizes and to
-sums of arrays; what they predict for two processes is compared with what was measured.
+with half of the entries each and nothing exchanged, is measured too. The constants are fitted to strangers of other sizes and
+to sums of arrays; what they predict for two processes is compared with what was measured.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BATCH = 1 << 20  # entries that are converted at a time
 ROW_WORK = 8  # a row costs about as much as so many entries, see entries._plan()
+FACTOR_ROW = 16  # times the rank: numbers held for a row of a factor at the most
 GIB = 1 << 30
 SUFFIXES = (".parquet", ".pq", ".csv", ".tsv")
 
@@ -66,17 +67,15 @@ def needed_memory(
     """What one process needs for its entries and rows.
 
     The index holds a place and a value of every entry twice. While it is built there are the entries once more, unsorted.
-    Training with automatic strengths holds weights on both sides, zeros in place of the values, and two temporaries when they
-    change; a factor row comes with its gradient, moments, variance, penalty and temporaries.
+    Training with automatic strengths holds weights on both sides, zeros in place of the values, two temporaries when they
+    change, and as much that the allocator keeps (measured at 1e8 entries); a factor row comes with its gradient, moments,
+    variance, penalty and temporaries.
     """
     place = 4 if max(rows, columns) < 2**31 else 8
     index = 2 * entries * (place + itemsize) + 8 * (rows + columns)
     building = entries * (2 * place + itemsize)
-    a_row, an_entry = (FACTOR_ROW, 5) if automatic else (FACTOR_ROW - 6, 0)
+    a_row, an_entry = (FACTOR_ROW, 7) if automatic else (FACTOR_ROW - 6, 0)
     return Memory(index, building, an_entry * itemsize * entries + a_row * rank * itemsize * (rows + columns))
-
-
-FACTOR_ROW = 16  # times the rank: numbers held for a row of a factor at the most
 
 
 def free_memory() -> int:
