@@ -96,7 +96,8 @@ class Checkpoints:
                 except OSError as error:
                     raise OutputError(f"{target}: the folder cannot be made: {error.strerror}") from error
             team.meet(None)
-            _write(target / _rows_file(shard.start), rows if shard.count else {})
+            if shard.count:  # without rows it starts where another one does
+                _write(target / _rows_file(shard.start), rows)
             if team.rank == 0:
                 _write(target / ALL_ROWS, shared)
             held = team.meet((shard.start, shard.count))  # everything is on the disk
