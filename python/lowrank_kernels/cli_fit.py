@@ -120,7 +120,10 @@ def run(
             if "validation_rmse" in last:
                 best = min(record["validation_rmse"] for record in model.history_)
                 errors += f", {best:.4f} on the entries held out"
-            click.echo(f"{errors}; {model.n_steps_} steps, {time.perf_counter() - started:.0f} s; {model.status_.message}")
+            status = model.status_.message
+            if model.status_.name == "MAX_STEPS":
+                status = f"stopped while still improving: raise --max-steps above {model.n_steps_}"
+            click.echo(f"{errors}; {model.n_steps_} steps, {time.perf_counter() - started:.0f} s; {status}")
             if save_model is not None:
                 click.echo(f"wrote {save_model}")
 

@@ -97,10 +97,10 @@ def refuse_memory(team: Team, need: Memory, limit: int | None, what: str) -> str
     said = team.meet((socket.gethostname(), need, free_memory() if limit is None else limit))
     here = [other for host, other, _ in said if host == said[team.rank][0]]
     needed, free = sum(other.peak for other in here), said[team.rank][2]
-    parts = f"entries {need.held / GIB:.2f}, building {need.building / GIB:.2f}, training {need.training / GIB:.2f}"
+    parts = f"entries {need.held / GIB:.2g}, building {need.building / GIB:.2g}, training {need.training / GIB:.2g}"
     line = (
-        f"{what}: {needed / GIB:.2f} GiB are needed on this machine by {len(here)} of {team.size} processes "
-        f"(one: {parts}), {free / GIB:.2f} GiB are {'free' if limit is None else 'allowed'}"
+        f"{what}: {needed / GIB:.3g} GiB are needed on this machine by {len(here)} of {team.size} processes "
+        f"(one: {parts}), {free / GIB:.3g} GiB are {'free' if limit is None else 'allowed'}"
     )
     if needed > free:
         raise InputError(
