@@ -242,7 +242,7 @@ def tool_output(tool: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files, those of Linux")
 def test_the_compiled_module_links_neither_torch_nor_a_driver() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", tool_output("readelf", "-d", native_library()))
     assert any(name.startswith("libc.so") for name in needed)
@@ -252,7 +252,7 @@ def test_the_compiled_module_links_neither_torch_nor_a_driver() -> None:
     assert not re.findall(r".*(?:c10|torch|aten|at\d).*", undefined)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files, those of Linux")
 def test_simd_objects_define_no_shared_symbol() -> None:
     """An inline function emitted in the AVX-512 object could replace the portable one and crash an older processor."""
     objects = [path for path in (ROOT / "build").glob("**/lrk_cpu_*.dir/**/*.o") if (ROOT / "csrc" / path.stem).exists()]

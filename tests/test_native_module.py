@@ -20,7 +20,7 @@ from lowrank_kernels import _native
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "lowrank_kernels"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files, those of Linux")
 native = pytest.mark.skipif(not _native.has_cpu(), reason=f"no native module: {_native.unavailable}")
 
 # ---------------------------------------------------------------------- types of the native module

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import workers
 
+pytest.importorskip("sklearn", reason="the estimators need scikit-learn")
+
 from lowrank_kernels import DeepMatrixCompletion, ObservedEntries, compress, masked_gradient, solver
 from lowrank_kernels.checkpoints import Checkpoints, fingerprint
 from lowrank_kernels.files import InputError

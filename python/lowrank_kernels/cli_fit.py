@@ -16,8 +16,6 @@ from typing import Any
 
 import click
 
-GIB = 1 << 30
-
 
 def fit_command(clean_errors: Callable[[], AbstractContextManager[None]]) -> click.Command:
     """The command, for the group in :mod:`.cli`, whose way of showing errors it takes."""
@@ -86,6 +84,7 @@ def run(
 
     from .completion import DeepMatrixCompletion
     from .files import InputError, check_output
+    from .parts import GIB
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -165,7 +165,8 @@ class _Source:
         first: dict[str, str] = {}
         for path in paths:
             try:
-                schema = dict(_scan(path).collect_schema())
+                scan = _scan(path)
+                schema = dict(scan.collect_schema())
             except (polars.exceptions.PolarsError, OSError) as error:
                 raise InputError(f"{path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from error
             if not self.frames:
@@ -193,7 +194,7 @@ class _Source:
                 for name, role in zip(self.names[:2], ("row", "col"), strict=True)
             ]
             columns.append(polars.col(self.names[2]).cast(polars.Float64).alias("value"))
-            self.frames.append((path, _scan(path).select(columns)))
+            self.frames.append((path, scan.select(columns)))
 
     def count(self) -> int | None:
         """All entries, where the files' own words are enough to know."""
