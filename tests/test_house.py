@@ -39,6 +39,7 @@ FLOORS = {
     "compression": 4,
     "factorization": 4,
     "solver": 4,
+    "strengths": 4,
     "nn": 4,
     "labels": 1,
     "estimators": 5,

@@ -303,7 +303,7 @@ def test_the_gradient_is_that_of_the_stated_objective(monkeypatch, depth, weight
 def test_one_update_of_the_strengths_against_dense_formulas(weights, noise_weights):
     entries, _, _ = standardized(m=25, n=18, weights=weights, noise=0.3)
     model = solver.start(entries, 4, generator=generator(3))
-    automatic = solver._Variational(model, entries, noise_weights)
+    automatic = solver.Variational(model, entries, noise_weights)
     t, r = model.effective_left(), model.columns
     row_t, col_t, values, w = entries.coo()
     mask, given, target = np.zeros((3, 25, 18))
@@ -463,7 +463,7 @@ def test_validation_stops_early_and_keeps_the_best_model():
     assert result.status is Status.EARLY_STOPPED
     assert result.steps < 400
     assert int(np.argmin(errors)) == len(errors) - 1 - 4
-    assert solver._rmse(model, validation, solver._whole(validation)) == pytest.approx(min(errors), rel=1e-6)
+    assert solver._rmse(model, validation, solver.whole(validation)) == pytest.approx(min(errors), rel=1e-6)
 
 
 def test_status_converged_or_max_steps():
