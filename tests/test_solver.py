@@ -8,7 +8,9 @@ import torch
 
 import lowrank_kernels as lrk
 from lowrank_kernels import solver
+from lowrank_kernels.processes import Team
 from lowrank_kernels.reference.core import core_product
+from lowrank_kernels.row_shards import RowShard
 from lowrank_kernels.solver import CompletionModel, Status, TrainOptions, gradient_descent
 
 F64 = torch.float64
@@ -463,7 +465,7 @@ def test_validation_stops_early_and_keeps_the_best_model():
     assert result.status is Status.EARLY_STOPPED
     assert result.steps < 400
     assert int(np.argmin(errors)) == len(errors) - 1 - 4
-    assert solver._rmse(model, validation, solver.whole(validation)) == pytest.approx(min(errors), rel=1e-6)
+    assert solver._rmse(model, validation, RowShard.of(Team(), 60)) == pytest.approx(min(errors), rel=1e-6)
 
 
 def test_status_converged_or_max_steps():

@@ -95,7 +95,7 @@ def top_singular_vectors(
         dense = matrix.double()
         matrix = LinearOperator((dense.shape[0], dense.shape[1]), dense.matmul, dense.t().matmul, dense.device)
     m, n = matrix.shape
-    rows = matrix.rows or RowShard(Team(), 0, m, m)
+    rows = matrix.rows or RowShard.of(Team(), m)
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"top_singular_vectors: rank must be from 1 to min{(m, n)} = {min(m, n)}, got {rank}")
     samples = min(rank + oversampling, m, n)
@@ -120,7 +120,7 @@ def matched_frames(
     same Gram matrix. Needs ``2 r <= min(m, n)``. With ``rows``, u and left are the rows that are here.
     """
     m, r = u.shape
-    rows = rows or RowShard(Team(), 0, m, m)
+    rows = rows or RowShard.of(Team(), m)
     b = haar(v.shape[0], r, generator=generator, dtype=torch.float64).to(v.device)
     k = b.t() @ v
     z = rows.normal(r, generator).to(u.device)

@@ -36,10 +36,10 @@ from .compression import CompressedFactors, compress, masked_gradient, top_singu
 from .entries import ObservedEntries, SortedEntries
 from .ops import completion_loss_and_gradients
 from .ops.completion import completion_sides
-from .processes import ProcessLost
+from .processes import ProcessLost, Team
 from .reference.core import core_gradients, core_product
 from .row_shards import RowShard
-from .strengths import TINY, Variational, loss_at_zero, whole
+from .strengths import TINY, Variational, loss_at_zero
 
 
 class Status(Enum):
@@ -248,7 +248,7 @@ def damped_biases(
         grads = completion_loss_and_gradients(zero_left, None, zero_right, entries, wanted=(side,), **biases)[1]  # type: ignore[arg-type]
         return grads.col_bias if side == "col_bias" else grads.row_bias
 
-    shard = shard or whole(entries)
+    shard = shard or RowShard.of(Team(), entries.shape[0])
     row_weight, (col_weight,) = weight(entries.by_row), shard.sum(weight(entries.by_col))
     for _ in range(rounds):
         if columns:
@@ -284,7 +284,7 @@ def start(
     its plateau costs thousands of steps. Rows and columns without entries start (and stay) at zero. With a ``shard``, the
     processes start as one would on all rows, up to the order of the sums.
     """
-    shard = shard or whole(entries)
+    shard = shard or RowShard.of(Team(), entries.shape[0])
     m, n = shard.total, entries.shape[1]
     row, col = damped_biases(entries, rows=row_bias, columns=col_bias, shard=shard)
     gradient = masked_gradient(entries, row_bias=row, col_bias=col, rows=shard)
@@ -431,7 +431,7 @@ def train(
     an error where there are several.
     """
     options = options or TrainOptions()
-    shard = shard or whole(entries)
+    shard = shard or RowShard.of(Team(), entries.shape[0])
     began, history = time.perf_counter(), list[dict[str, float]]()
     automatic = Variational(model, entries, options.noise_weights, shard) if options.regularization == "auto" else None
     penalties: list[Any] = []  # strengths of T, R, row bias, column bias

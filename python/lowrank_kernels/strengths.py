@@ -23,11 +23,6 @@ NOISE_COUNT = 100.0  # pseudo-observations that hold a row's or column's noise w
 TINY = 1e-10
 
 
-def whole(entries: ObservedEntries) -> RowShard:
-    """All rows are here."""
-    return RowShard(Team(), 0, entries.shape[0], entries.shape[0])
-
-
 class _Side:
     """Variances and strengths of one side's factor (rows: T, columns: R) and bias."""
 
@@ -79,7 +74,7 @@ class Variational:
         self, model: CompletionModel, entries: ObservedEntries, noise_weights: bool, shard: RowShard | None = None
     ) -> None:
         k = model.columns.shape[1]
-        self.shard = shard = shard or whole(entries)
+        self.shard = shard = shard or RowShard.of(Team(), entries.shape[0])
         count = sum(shard.team.meet(len(entries)))
         residual = 2 * float(shard.sum(loss_at_zero(model, entries))[0]) / count
         prior = max(math.sqrt(3.0 * max(residual, TINY) / k), 1e-4)
