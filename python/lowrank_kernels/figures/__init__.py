@@ -2,7 +2,7 @@
 
 A figure is a function from a :class:`Request` to a :class:`Made`: the numbers as columns, the picture, and a caption that says
 settings, seeds and what agrees with the source. :mod:`.matrices` has those of matrix factorization, :mod:`.networks` those of
-trained networks. A new one is one more entry of :data:`FIGURES`.
+trained networks, :mod:`.adaptation` that of a language model. A new one is one more entry of :data:`FIGURES`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..files import InputError, OutputError, extra, write_atomically, write_table
-from . import matrices, networks
+from . import adaptation, matrices, networks
 from .drawing import Made, Request
 
 
@@ -27,6 +29,7 @@ class Figure:
     build: Callable[[Request], Made]
     minutes: float  # of the full settings
     measured: bool = True  # or estimated from the steps and the products of a step
+    missing: Callable[[Request], str | None] = lambda request: None  # why it cannot be made of this request
 
 
 PAPER, LORAPLUS, OVERVIEW = "arXiv:2406.04112", "arXiv:2402.12354", "arXiv:2503.19859"
@@ -47,17 +50,26 @@ FIGURES: dict[str, Figure] = {
         Figure(
             "dimension", "abstract, see the caption", "rank of the activations of random ReLU networks", networks.dimension, 0.1
         ),
+        Figure(
+            "adaptation",
+            f"{PAPER}, Fig. 1",
+            "updates of a fine-tuned language model, and their subspaces",
+            adaptation.adaptation,
+            30,
+            False,
+            adaptation.missing,
+        ),
         Figure("updates", f"{OVERVIEW}, Fig. 1", "singular values of a trained layer's update", networks.updates, 0.3),
         Figure("alignment", "abstract, see the caption", "SGD and the outlier eigenspaces", networks.alignment, 0.2),
     )
 }
 
 
-def check(names: Sequence[str], out: Path) -> list[Figure]:
-    """The figures of these names, all without any; refuses unknown names and a folder that cannot be.
+def check(names: Sequence[str], out: Path, request: Request) -> tuple[list[Figure], dict[str, str]]:
+    """The figures of these names, without any all that can be made; and those that cannot, with the reason.
 
     Raises:
-        InputError: an unknown name; OutputError: ``out`` is a file.
+        InputError: an unknown name, or a named figure that cannot be made; OutputError: ``out`` is a file.
     """
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
@@ -66,7 +78,12 @@ def check(names: Sequence[str], out: Path) -> list[Figure]:
         raise OutputError(f"{out}: exists and is not a folder")
     for module in ("matplotlib", "polars"):
         extra(module, "figures")
-    return [FIGURES[name] for name in dict.fromkeys(names)] or list(FIGURES.values())
+    chosen = [FIGURES[name] for name in dict.fromkeys(names)] or list(FIGURES.values())
+    reasons = {figure.name: reason for figure in chosen if (reason := figure.missing(request)) is not None}
+    for name in names:
+        if name in reasons:
+            raise InputError(f"figures: {name} cannot be made: {reasons[name]}")
+    return [figure for figure in chosen if figure.name not in reasons], reasons
 
 
 def make(figures: Sequence[Figure], out: Path, request: Request) -> Iterator[tuple[Figure, list[Path], str]]:
@@ -75,10 +92,10 @@ def make(figures: Sequence[Figure], out: Path, request: Request) -> Iterator[tup
     for figure in figures:
         began = time.monotonic()
         made = figure.build(request)
-        settings = "quick settings, smaller than the source's" if made.reduced else "full settings, the source's where known"
+        settings = "settings smaller than the source's" if made.reduced else "full settings, the source's where known"
         caption = (
             f"**{figure.shows}** ({figure.source}). {made.caption} Seed {request.seed}; {settings}; "
-            f"{time.monotonic() - began:.0f} s.\n"
+            f"{time.monotonic() - began:.0f} s on {torch.get_num_threads()} threads.\n"
         )
         yield figure, _write(out / figure.name, made, caption), caption
 

