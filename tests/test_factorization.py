@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -292,8 +293,10 @@ LOSSES = {
 
 @pytest.mark.parametrize(("form", "gamma"), [("full", 0.0), ("narrow", 0.0), ("compressed", 0.0), ("compressed", 0.1)], ids=str)
 @pytest.mark.parametrize("kind", LOSSES)
-def test_descent_is_the_formula(kind, form, gamma):
+def test_descent_is_the_formula(kind, form, gamma, monkeypatch):
     """Every source of gradients: the k x k matrix, the completion op, (14)."""
+    monkeypatch.setattr(training, "OP_ENTRIES", 1)
+    monkeypatch.setattr(training, "OP_SHARE", 1.0)
     loss = LOSSES[kind]()
     m = model(**SHAPES.get(form, {}))
     m = m.compress(loss, 4) if form == "compressed" else m
@@ -308,8 +311,11 @@ def test_descent_is_the_formula(kind, form, gamma):
     torch.testing.assert_close(result.loss, float(loss(m()).detach()), rtol=1e-10, atol=1e-14)
 
 
-def test_sources_of_gradients():
+def test_sources_of_gradients(monkeypatch):
     """Which path runs: an unneeded pass over d x d would still be right, only slow."""
+    assert isinstance(Descent(model().compress(masked(), 4), masked(), learning_rate=0.1)._source, types.FunctionType)  # small
+    monkeypatch.setattr(training, "OP_ENTRIES", 1)
+    monkeypatch.setattr(training, "OP_SHARE", 1.0)
     full, part = SquaredLoss(target()), masked()
     twin = model().compress(full, 4)
 
@@ -319,7 +325,8 @@ def test_sources_of_gradients():
     assert source(twin, full) == "_Projected"
     assert source(twin, full, gamma=0.1) == "function"
     assert source(twin, part) == "_Completion"
-    assert source(model(), part) == source(model(), full) == source(twin, lambda x: x.sum()) == "function"
+    assert source(model(width=4), part) == source(model(), part) == "_Completion"
+    assert source(model(), full) == source(twin, lambda x: x.sum()) == source(model(depth=2), part) == "function"
     assert source(model(activation="relu").compress(part, 4), part) == "function"
     half = SquaredLoss(part.target.bfloat16(), part.weights)
     assert source(model(dtype=torch.bfloat16).compress(half, 4), half) == "function"  # the op is of float32 and float64

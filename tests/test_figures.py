@@ -112,6 +112,18 @@ def test_completion(folder: Path) -> None:
     assert frozen > 0.1
 
 
+def test_the_published_completion_is_the_source_s_and_a_twentieth_of_the_time() -> None:
+    """The numbers behind docs/figures.md, d = 1000: relative error 1e-5 in at most 1/20 of the full width's time."""
+    made = Path(__file__).parent.parent / "docs" / "figures" / "made"
+    assert "d = 1000" in (made / "completion.md").read_text()
+    full = numbers(made, "completion", "seconds", model="full width")[-1]
+    assert numbers(made, "completion", "relative_error", model="full width")[-1] < 1e-5
+    ours = {name: numbers(made, "completion", name, model="compressed, gamma = 0.01") for name in ("relative_error", "seconds")}
+    reached = [second for error, second in zip(*ours.values(), strict=True) if error <= 1e-5]
+    assert reached
+    assert min(reached) <= full / 20
+
+
 def test_narrow(folder: Path) -> None:
     assert max(numbers(folder, "narrow", "train_loss", model="compressed")) <= 1e-10
     assert set(table(folder, "narrow")["model"]) == {"compressed", "random narrow"}

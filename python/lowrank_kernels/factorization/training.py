@@ -2,9 +2,9 @@
 
     W_l <- (1 - eta lam) W_l - eta G_l;    left, right: the same with gamma eta                    (all at once)
 
-Where the gradients come from: a masked loss of a compressed or narrow model takes the completion op where it wins; a fully
-observed one with frozen orthonormal outer factors only needs the k x k matrix ``left^T Phi right^T``; other linear models take
-(14); the rest autograd.
+Where the gradients come from: a masked loss of three or more factors takes the completion op where it wins; a fully observed
+one with frozen orthonormal outer factors only needs the k x k matrix ``left^T Phi right^T``; other linear models take (14);
+the rest autograd.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 BLOWN_UP = 100.0  # times the loss of the start, or of X = 0 where that is more: gradient descent does not come back from there
-# The completion op instead of products of m x n matrices: from this size and up to this observed share. Measured at 1 and 2
-# threads, widths 10 to 40: 2 to 3 times faster at 300 x 300 and 1000 x 1000 with 20 % observed, slower at 100 x 100.
+# The completion op instead of products of m x n matrices: from this size and up to this observed share. Measured with 20 to
+# 30 % observed at 1 and 2 threads: widths 10 to 40 take 1.1 to 5 times less time at 300 x 300 and 1000 x 1000, full width
+# 1.25 times less at 1000 x 1000; at 100 x 100 it loses.
 OP_ENTRIES, OP_SHARE = 50_000, 0.3
 Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -121,8 +122,8 @@ class _Projected:
 
 
 class _Completion:
-    """A masked loss of a compressed linear model, or of a narrow one of three or more factors, whose outer two are left and
-    right: work for the observed entries only."""
+    """A masked loss of a linear model of three or more factors, the outer two of which are left and right whether it is
+    compressed, narrow or of full width: no product of m x n matrices."""
 
     def __init__(self, model: DeepFactorization, loss: SquaredLoss, outer: bool) -> None:
         self.factors, self.entries, self.divisor = model.factors(), loss.entries, loss.divisor

@@ -41,9 +41,7 @@ FIGURES: dict[str, Figure] = {
         ),
         Figure("spectrum", f"{PAPER}, Fig. 3", "what moves in a layer, and what does not", matrices.spectrum, 0.04),
         Figure("trajectory", f"{PAPER}, Fig. 4", "a factorization and its compressed twin", matrices.trajectory, 60, False),
-        Figure(
-            "completion", f"{PAPER}, Fig. 5", "completion: full width, gamma = 0, gamma = 0.01", matrices.completion, 60, False
-        ),
+        Figure("completion", f"{PAPER}, Fig. 5", "completion: full width, gamma = 0, gamma = 0.01", matrices.completion, 66),
         Figure("narrow", f"{PAPER}, Fig. 10 left", "compressed against random narrow factors", matrices.narrow, 90, False),
         Figure("nonlinear", f"{PAPER}, Fig. 9", "gradients of a ReLU factorization at a small start", matrices.nonlinear, 0.04),
         Figure("rates", f"{LORAPLUS}, Fig. 2", "LoRA's two rates on a toy problem", networks.rates, 4, False),
@@ -89,13 +87,14 @@ def check(names: Sequence[str], out: Path, request: Request) -> tuple[list[Figur
 def make(figures: Sequence[Figure], out: Path, request: Request) -> Iterator[tuple[Figure, list[Path], str]]:
     """Make figures one after the other: ``NAME.png``, ``NAME.csv`` and ``NAME.md``, the caption; existing ones are replaced."""
     out.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
     for figure in figures:
         began = time.monotonic()
         made = figure.build(request)
         settings = "settings smaller than the source's" if made.reduced else "full settings, the source's where known"
         caption = (
             f"**{figure.shows}** ({figure.source}). {made.caption} Seed {request.seed}; {settings}; "
-            f"{time.monotonic() - began:.0f} s on {torch.get_num_threads()} threads.\n"
+            f"{time.monotonic() - began:.0f} s on {threads} thread{'s' if threads > 1 else ''}.\n"
         )
         yield figure, _write(out / figure.name, made, caption), caption
 
