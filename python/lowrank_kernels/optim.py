@@ -11,8 +11,9 @@ Deep LoRA trains ``delta = s left (core[L-1] ... core[0] - tau I) right`` with A
   directions leave the start in the order of their gradient; far above, Adam takes all at the same size, noise included. A
   larger one holds the start: in a regression of width 96 and loss 5e-3 the loss fell within 100 steps with 1e-6 and not in
   300 with 1e-5.
-- Few examples seen many times are learnt by heart: there whoever moves a pretrained weight least generalizes best. ``epochs``
-  says so, and the mode "aligned" then moves less.
+- Few examples seen many times are learnt by heart: where the pretrained features already fit the task, whoever moves a weight
+  least generalizes best. ``epochs`` says so, and the mode "aligned" then moves less. It is no default: an MLP whose features
+  had to change reached 0.50 with it where it reaches 0.77 without.
 
 Source: Yaras et al., ICML 2024, arXiv:2406.04112, section 4; Hayou et al., ICML 2024, arXiv:2402.12354.
 """
@@ -76,7 +77,8 @@ def parameter_groups(
         embedding_lr: LoRA+'s rate of LoRA embeddings.
         reference_rank: largest rank whose cores get the full rate; None for the same rate at every rank.
         epochs: passes over the training data that are planned, where there are more than 5: the rates of Deep LoRA in the mode
-            "aligned" are then multiplied by ``(5 / epochs)^2``. None: not.
+            "aligned" are then multiplied by ``(5 / epochs)^2``: for few examples whose features the model has already. Where
+            the features have to change it holds learning back. None: not.
         outer: "sgd" marks Deep LoRA's outer group with ``"method": "sgd"`` for :class:`AdamWithSGD`; others ignore it.
 
     Returns:

@@ -47,8 +47,8 @@ def trainer_optimizer(
         lr: base rate; default ``args.learning_rate``, whose own default 5e-5 is far too small for Deep LoRA (1e-2).
         weight_decay: default ``args.weight_decay``.
         **groups: of ``parameter_groups``: ``gamma``, ``loraplus_ratio`` (LoRA+), ``embedding_lr``, ``reference_rank``,
-            ``epochs`` (default ``args.num_train_epochs`` where ``args.max_steps`` does not say how long), ``outer`` ("sgd"
-            needs one of AdamW's names in ``args.optim``).
+            ``epochs`` (not taken from ``args``: see there what it presumes), ``outer`` ("sgd" needs one of AdamW's names in
+            ``args.optim``).
 
     Returns:
         ``(optimizer, None)``: without a scheduler Trainer makes the one of its arguments, which scales all rates alike.
@@ -87,8 +87,6 @@ def trainer_optimizer(
         kind = AdamWithSGD
     options["lr"] = args.learning_rate if lr is None else lr
     decay = args.weight_decay if weight_decay is None else weight_decay
-    if args.max_steps <= 0:
-        groups.setdefault("epochs", args.num_train_epochs)
     made = parameter_groups(model, options["lr"], weight_decay=decay, **groups)
     if not isinstance(options.get("eps"), float):  # another optimizer's epsilon is another thing, Adafactor's are two
         for group in made:
