@@ -87,9 +87,10 @@ def adaptation(request: Request) -> Made:
         for step, found in seen.items():
             around = losses[max(step - LOSS_WINDOW, 0) : step] or losses[:1]
             for layer, ((values, now), (_, end)) in enumerate(zip(found, seen[steps], strict=True)):
-                aligned = alignment(now, end), alignment(now[:, :1], end[:, :1])
                 padded = [*values.tolist(), *[0.0] * (SHOWN - len(values))]
-                rows.add(label, step, sum(around) / len(around), layer, *aligned, *padded)
+                numbers = [sum(around) / len(around), alignment(now, end), alignment(now[:, :1], end[:, :1]), *padded]
+                loss, *others = (float(f"{number:.6g}") for number in numbers)
+                rows.add(label, step, loss, layer, *others)
     return _draw(rows, curves, checks, samples)
 
 
@@ -124,7 +125,7 @@ def _draw(rows: Rows, curves: dict[str, list[float]], checks: Sequence[int], sam
     caption = (
         f"Deep LoRA as in the paper, full width and compressed, {samples} pairs of the STS Benchmark, {steps} steps of 16, "
         f"rates to zero in a line. {said}. At step {30 if 30 in checks else checks[1]} the first right singular vector is "
-        f"aligned with that of the end to {early}; the top {TOP} of a compressed update span its frame, which hardly turns. "
-        "The source: BERT, all pairs, 2,000 steps; full-width updates of very low rank, aligned long before the loss is low."
+        f"aligned with that of the end to {early}. Singular values below 1e-8 of an update's largest are rounding, and so is the "
+        "subspace that they span. The source: BERT, all pairs, 2,000 steps; full-width updates of very low rank, aligned long before the loss is low."
     )
     return Made(rows.columns, figure, caption, True)
