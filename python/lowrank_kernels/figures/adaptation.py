@@ -125,7 +125,8 @@ def _draw(rows: Rows, curves: dict[str, list[float]], checks: Sequence[int], sam
     caption = (
         f"Deep LoRA as in the paper, full width and compressed, {samples} pairs of the STS Benchmark, {steps} steps of 16, "
         f"rates to zero in a line. {said}. At step {30 if 30 in checks else checks[1]} the first right singular vector is "
-        f"aligned with that of the end to {early}. Singular values below 1e-8 of an update's largest are rounding, and so is the "
-        "subspace that they span. The source: BERT, all pairs, 2,000 steps; full-width updates of very low rank, aligned long before the loss is low."
+        f"aligned with that of the end to {early}. Singular values below 1e-8 of an update's largest are rounding, and so is "
+        "the subspace that they span. The source: BERT, all pairs, 2,000 steps; full-width updates of very low rank, aligned "
+        "long before the loss is low."
     )
     return Made(rows.columns, figure, caption, True)
