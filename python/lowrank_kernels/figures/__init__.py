@@ -44,7 +44,7 @@ FIGURES: dict[str, Figure] = {
         Figure("completion", f"{PAPER}, Fig. 5", "completion: full width, gamma = 0, gamma = 0.01", matrices.completion, 66),
         Figure("narrow", f"{PAPER}, Fig. 10 left", "compressed against random narrow factors", matrices.narrow, 90, False),
         Figure("nonlinear", f"{PAPER}, Fig. 9", "gradients of a ReLU factorization at a small start", matrices.nonlinear, 0.04),
-        Figure("rates", f"{LORAPLUS}, Fig. 2", "LoRA's two rates on a toy problem", networks.rates, 4, False),
+        Figure("rates", f"{LORAPLUS}, Fig. 2", "LoRA's two rates on a toy problem", networks.rates, 4),
         Figure(
             "dimension", "abstract, see the caption", "rank of the activations of random ReLU networks", networks.dimension, 0.1
         ),
