@@ -40,7 +40,7 @@ FIGURES: dict[str, Figure] = {
             "depth", f"{PAPER}, Fig. 2", "completion by two and by three factors, over their width", matrices.depth, 10, False
         ),
         Figure("spectrum", f"{PAPER}, Fig. 3", "what moves in a layer, and what does not", matrices.spectrum, 0.04),
-        Figure("trajectory", f"{PAPER}, Fig. 4", "a factorization and its compressed twin", matrices.trajectory, 60, False),
+        Figure("trajectory", f"{PAPER}, Fig. 4", "a factorization and its compressed twin", matrices.trajectory, 80),
         Figure("completion", f"{PAPER}, Fig. 5", "completion: full width, gamma = 0, gamma = 0.01", matrices.completion, 66),
         Figure("narrow", f"{PAPER}, Fig. 10 left", "compressed against random narrow factors", matrices.narrow, 90, False),
         Figure("nonlinear", f"{PAPER}, Fig. 9", "gradients of a ReLU factorization at a small start", matrices.nonlinear, 0.04),
