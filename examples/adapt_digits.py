@@ -5,14 +5,14 @@ python examples/adapt_digits.py --out out/digits.json [--quick]
 scikit-learn's digits, 8 x 8 pixels. The network is trained on all images of 0 to 4, its body is frozen and adapted, and a new
 head is trained beside it; accuracy on all other images of 5 to 9. Unlike the sentences, these digits want other features: a
 head alone is not enough. Deep LoRA has its defaults, with and without ``epochs``; PEFT's LoRA a grid of rates and schedules.
-About five minutes; the JSON is not made again where it is there.
+A few minutes; the JSON is not made again where it is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lowrank_kernels as lrk
-from lowrank_kernels.files import extra
+from lowrank_kernels.files import InputError, MissingExtra, extra
 from lowrank_kernels.finetuning import results
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of PEFT's LoRA
@@ -106,7 +106,7 @@ def run(
         head.weight.copy_(0.02 * torch.randn(5, WIDTH, generator=generator))
         head.bias.zero_()
     order = list(batches(len(y), steps, seed))
-    adapted: Any = nn.Sequential(*body)  # the same layers: what is put around them is taken off again
+    adapted: Any = nn.Sequential(*body)  # a container of its own: adapters take places in it, the body keeps its layers
     groups: list[dict[str, Any]] = []
     if method.startswith("deeplora"):
         lrk.adapt(adapted, RANK, seed=seed)
@@ -154,8 +154,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    make(arguments.out, arguments.quick)
-    print(table(json.loads(arguments.out.read_text())))
+    try:
+        make(arguments.out, arguments.quick)
+        print(table(results.read_json(arguments.out)))
+    except (InputError, MissingExtra) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

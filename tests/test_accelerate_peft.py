@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft", reason="needs PEFT, of lowrank-kernels[all]")
+transformers = pytest.importorskip("transformers", reason="needs transformers, of lowrank-kernels[all]")
 
 from peft.tuners import lora  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402

@@ -500,14 +500,14 @@ def test_shrink_of_nothing_and_of_everything():
 
 @torch.no_grad()
 def through_peft(base, folder, *inputs):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs PEFT, of lowrank-kernels[all]")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
     output = loaded(*inputs)
     return loaded, getattr(output, "logits", output)
 
 
 def transformer(kind):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, of lowrank-kernels[all]")
     torch.manual_seed(0)
     if kind == "bert":
         config = transformers.BertConfig(

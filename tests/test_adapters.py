@@ -752,7 +752,7 @@ def test_names_given_twice_and_adapted_layers_to_train_are_refused():
 
 
 def tiny(kind):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, of lowrank-kernels[all]")
     torch.manual_seed(0)
     if kind == "bert":
         config = transformers.BertConfig(
@@ -791,7 +791,7 @@ def test_transformers(kind, count, options):
 
 
 def test_layers_inside_peft_adapters_are_not_adapted_again():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs PEFT, of lowrank-kernels[all]")
     model = peft.get_peft_model(tiny("bert"), peft.LoraConfig(r=2, target_modules=["query"]))
     report = lrk.adapt(model, rank=2)
     assert {name for name in report.adapted if "query" in name} == set()

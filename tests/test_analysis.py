@@ -253,7 +253,7 @@ def test_the_table_in_text(capsys):
 
 
 def test_the_table_on_a_terminal(capsys, monkeypatch):
-    pytest.importorskip("rich")
+    pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "140")
     rank_report(odd_model()).table()
@@ -273,7 +273,7 @@ def test_dicts_are_plain():
 
 @pytest.mark.parametrize(("suffix", "head"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
 def test_the_picture(tmp_path, suffix, head):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     path = tmp_path / f"ranks{suffix}"
     report = rank_report(odd_model())
     report.plot(path)
@@ -285,7 +285,7 @@ def test_the_picture(tmp_path, suffix, head):
 
 
 def test_the_picture_shows_every_value():
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     values, ratios = rank_report(odd_model())._figure().axes
     drawn = {float(y): len(points.get_offsets()) for points in values.collections for y in [points.get_offsets()[0, 1]]}
     assert drawn == {0.0: 4, 1.0: 4, 2.0: 4, 4.0: 4}
@@ -296,7 +296,7 @@ def test_the_picture_shows_every_value():
 
 @pytest.mark.parametrize("absolute", [0.0, 1e-2])
 def test_the_picture_of_zero_updates(tmp_path, absolute):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     report = rank_report(LoRALinear(nn.Linear(7, 9), 4), absolute=absolute)
     report.plot(tmp_path / "ranks.png")
     values = report._figure().axes[0]

@@ -45,7 +45,7 @@ def square_contenders(harness: ModuleType, wrong: bool) -> tuple[list[Any], dict
 
 
 def test_quick_run_ends_and_its_rows_are_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
     out = tmp_path / "rows.csv"
     command = [sys.executable, "-m", "bench", "--quick", "--out", str(out)]
     environment = os.environ | {"LOWRANK_DATA": str(tmp_path)}
@@ -73,7 +73,7 @@ def test_the_table_holds_every_row(
     harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rich: bool
 ) -> None:
     if rich:
-        pytest.importorskip("rich")
+        pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
     else:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     s = session(harness, tmp_path / "rows.csv")
@@ -100,7 +100,7 @@ def test_a_machine_without_git_has_unknown_revisions(harness: ModuleType, monkey
 def test_a_wrong_contender_gets_no_row_and_ends_the_run_with_an_error(
     harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
 ) -> None:
-    pytest.importorskip("rich")
+    pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
     contenders, oracle = square_contenders(harness, wrong)
     completion = load("bench_completion", monkeypatch)
     monkeypatch.setitem(completion.PARTS, "squares", lambda s: s.compare("completion", "squares", contenders, oracle=oracle))
@@ -255,7 +255,7 @@ def gpu_session(harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_without_a_gpu_its_benches_are_skipped_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("rich")
+    pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
     out = tmp_path / "rows.csv"
     assert load("__main__", monkeypatch).main(["--only", *GPU_BENCHES, "--out", str(out)]) == 0
     assert not out.exists()
@@ -267,7 +267,7 @@ def test_without_a_gpu_its_benches_are_skipped_with_the_reason(
 def test_the_time_budget_leaves_cases_out_and_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("rich")
+    pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
     arguments = ["--quick", "--only", *GPU_BENCHES, "--out", str(tmp_path / "rows.csv"), "--seconds", "0"]
     assert load("__main__", monkeypatch).main(arguments) == 0
     text = capsys.readouterr().out
@@ -362,7 +362,7 @@ def test_drawn_cells_are_distinct_sorted_and_skewed(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("fault", ["loss", "adapters"])
 def test_an_encoder_that_does_not_train_is_refused(gpu_session: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers, of lowrank-kernels[all]")
     bench = load("bench_encoder_cuda", monkeypatch)
     training = bench.Training(gpu_session, torch.float32)
     adapted = bench.deep_lora(training)
@@ -464,7 +464,7 @@ def plot(monkeypatch: pytest.MonkeyPatch, project: dict[str, Path], *more: str) 
 def test_plot_writes_the_newest_rows_and_check_knows(
     monkeypatch: pytest.MonkeyPatch, project: dict[str, Path], harness: ModuleType
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     assert plot(monkeypatch, project, "--check") == 1
     assert "old" in project["readme"].read_text()
     assert not project["figures"].exists()
@@ -533,7 +533,7 @@ def gpu_rows(harness: ModuleType, project: dict[str, Path]) -> dict[str, Path]:
 def test_rows_of_a_gpu_have_tables_and_a_figure_of_their_own(
     monkeypatch: pytest.MonkeyPatch, gpu_rows: dict[str, Path]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     assert plot(monkeypatch, gpu_rows) == 0
     readme = gpu_rows["readme"].read_text()
     before, after = readme.split("On a GPU, made-up:")
@@ -550,7 +550,7 @@ def test_rows_of_a_gpu_have_tables_and_a_figure_of_their_own(
 
 
 def test_without_rows_of_a_gpu_there_is_no_word_of_one(monkeypatch: pytest.MonkeyPatch, project: dict[str, Path]) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     assert plot(monkeypatch, project) == 0
     assert "GPU" not in project["readme"].read_text() + project["details"].read_text()
     assert "gpu.png" not in [p.name for p in project["figures"].iterdir()]

@@ -473,7 +473,7 @@ def test_progress_is_called_in_units_of_y():
 
 
 def test_progress_true_draws_a_bar(capsys):
-    pytest.importorskip("rich")
+    pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
     pairs, y, _ = table()
     quick(progress=True).fit(pairs, y)
     assert "fit" in capsys.readouterr().out

@@ -228,7 +228,7 @@ def test_captured_training_step_is_the_eager_one(capture: Any) -> None:
 
 
 def test_compile_with_cuda_graphs() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="torch.compile on a GPU needs triton")
     from torch._dynamo.utils import counters
 
     problem = _on_gpu(_problem(10, core=True))

@@ -261,7 +261,7 @@ def test_no_duplicates_are_left_alone(duplicates: str) -> None:
 @pytest.mark.parametrize("kind", ["coo", "csr", "csc", "lil", "dok", "dia", "bsr"])
 @pytest.mark.parametrize("interface", ["array", "matrix"])
 def test_from_scipy(kind: str, interface: str) -> None:
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = pytest.importorskip("scipy.sparse", reason="sparse matrices need scipy")
     if kind in ("dia", "bsr"):  # they store zeros of their own
         matrix = getattr(sparse, f"{kind}_{interface}")(np.arange(1.0, 7).reshape(2, 3))
         assert len(ObservedEntries.from_scipy(matrix)) >= 6
@@ -274,7 +274,7 @@ def test_from_scipy(kind: str, interface: str) -> None:
 
 
 def test_from_scipy_keeps_explicit_zeros_and_sees_duplicates() -> None:
-    sparse = pytest.importorskip("scipy.sparse")
+    sparse = pytest.importorskip("scipy.sparse", reason="sparse matrices need scipy")
     entries = ObservedEntries.from_scipy(sparse.csr_array(([0.0, 1.0], [2, 0], [0, 1, 2]), shape=(2, 3)))
     assert entries.values.tolist() == [0, 1]
     repeated = sparse.coo_array(([1.0, 2.0], ([0, 0], [1, 1])), shape=(1, 2))
@@ -284,7 +284,7 @@ def test_from_scipy_keeps_explicit_zeros_and_sees_duplicates() -> None:
 
 
 def test_to_scipy_and_back() -> None:
-    pytest.importorskip("scipy.sparse")
+    pytest.importorskip("scipy.sparse", reason="sparse matrices need scipy")
     entries = small(weights=None)
     matrix = entries.to_scipy()
     assert matrix.shape == SHAPE

@@ -57,6 +57,13 @@ def model(d=12, depth=3, scale=0.3, seed=5, **kwargs):
     return DeepFactorization(depth, d, init_scale=scale, generator=generator(seed), **kwargs)
 
 
+@pytest.fixture
+def op_at_any_size(monkeypatch):
+    """Small problems would not take the completion op."""
+    monkeypatch.setattr(training, "OP_ENTRIES", 1)
+    monkeypatch.setattr(training, "OP_SHARE", 1.0)
+
+
 def weights(m):
     return [factor.detach().clone() for factor in m.factors()]
 
@@ -293,10 +300,9 @@ LOSSES = {
 
 @pytest.mark.parametrize(("form", "gamma"), [("full", 0.0), ("narrow", 0.0), ("compressed", 0.0), ("compressed", 0.1)], ids=str)
 @pytest.mark.parametrize("kind", LOSSES)
-def test_descent_is_the_formula(kind, form, gamma, monkeypatch):
+@pytest.mark.usefixtures("op_at_any_size")
+def test_descent_is_the_formula(kind, form, gamma):
     """Every source of gradients: the k x k matrix, the completion op, (14)."""
-    monkeypatch.setattr(training, "OP_ENTRIES", 1)
-    monkeypatch.setattr(training, "OP_SHARE", 1.0)
     loss = LOSSES[kind]()
     m = model(**SHAPES.get(form, {}))
     m = m.compress(loss, 4) if form == "compressed" else m
@@ -311,11 +317,13 @@ def test_descent_is_the_formula(kind, form, gamma, monkeypatch):
     torch.testing.assert_close(result.loss, float(loss(m()).detach()), rtol=1e-10, atol=1e-14)
 
 
-def test_sources_of_gradients(monkeypatch):
+def test_small_problems_take_plain_products():
+    assert isinstance(Descent(model().compress(masked(), 4), masked(), learning_rate=0.1)._source, types.FunctionType)
+
+
+@pytest.mark.usefixtures("op_at_any_size")
+def test_sources_of_gradients():
     """Which path runs: an unneeded pass over d x d would still be right, only slow."""
-    assert isinstance(Descent(model().compress(masked(), 4), masked(), learning_rate=0.1)._source, types.FunctionType)  # small
-    monkeypatch.setattr(training, "OP_ENTRIES", 1)
-    monkeypatch.setattr(training, "OP_SHARE", 1.0)
     full, part = SquaredLoss(target()), masked()
     twin = model().compress(full, 4)
 

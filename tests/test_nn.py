@@ -40,7 +40,9 @@ def host(name, dtype=torch.float64, seed=0):
         base, x = nn.Linear(in_features, out_features, bias=name != "linear-no-bias"), torch.randn(2, 5, in_features)
         plain = F.linear
     elif name == "Conv1D":
-        base = pytest.importorskip("transformers.pytorch_utils").Conv1D(14, 9)
+        base = pytest.importorskip("transformers.pytorch_utils", reason="needs transformers, of lowrank-kernels[all]").Conv1D(
+            14, 9
+        )
         nn.init.normal_(base.bias)
         x = torch.randn(2, 5, 9)
 
@@ -202,7 +204,7 @@ PEFT_HOSTS = ["linear-up", "linear-down", "Conv1D", "conv1d", "conv2d", "embeddi
 @pytest.mark.parametrize("name", PEFT_HOSTS)
 def test_lora_is_the_lora_of_peft(name):
     """Output and gradients on the same weights."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs PEFT, of lowrank-kernels[all]")
     base, x, _ = host(name)
     if name == "conv1d":
         base.dilation = (1,)  # PEFT 0.21 leaves the dilation out of its update

@@ -73,7 +73,7 @@ def bits(a, b):
 
 
 def bases():
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="needs transformers, of lowrank-kernels[all]").Conv1D
     return {
         "linear": nn.Linear(9, 14),
         "Conv1D": conv1d(14, 9),

@@ -131,7 +131,7 @@ def test_many_epochs_lower_the_rates_of_the_aligned_mode_only(epochs, factor):
 
 
 def test_loraplus_rates_are_those_of_peft():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs PEFT, of lowrank-kernels[all]")
     from peft.optimizers import create_loraplus_optimizer
 
     def plain():

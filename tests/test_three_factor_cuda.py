@@ -261,7 +261,7 @@ def test_graphed_callable() -> None:
 
 
 def test_compile_with_cuda_graphs() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="torch.compile on a GPU needs triton")
     from torch._dynamo.utils import counters
 
     case = GRAPHED[0]

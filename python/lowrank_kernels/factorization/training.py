@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 BLOWN_UP = 100.0  # times the loss of the start, or of X = 0 where that is more: gradient descent does not come back from there
-# The completion op instead of products of m x n matrices: from this size and up to this observed share. Measured with 20 to
-# 30 % observed at 1 and 2 threads: widths 10 to 40 take 1.1 to 5 times less time at 300 x 300 and 1000 x 1000, full width
-# 1.25 times less at 1000 x 1000; at 100 x 100 it loses.
+# The completion op instead of products of m x n matrices: from this size and up to this observed share. Below, the op's fixed
+# cost of a call outweighs what it saves; above, dense products use the CPU better than gathers do.
 OP_ENTRIES, OP_SHARE = 50_000, 0.3
 Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 

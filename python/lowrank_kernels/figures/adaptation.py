@@ -95,7 +95,7 @@ def adaptation(request: Request) -> Made:
 
 
 def _draw(rows: Rows, curves: dict[str, list[float]], checks: Sequence[int], samples: int) -> Made:
-    steps = checks[-1]
+    steps, early = checks[-1], 30 if 30 in checks else checks[1]
     figure, axes = panels(3, width=4.6)
     ends: dict[str, tuple[int, int, float]] = {}
     firsts: dict[str, float] = {}
@@ -110,7 +110,7 @@ def _draw(rows: Rows, curves: dict[str, list[float]], checks: Sequence[int], sam
             means = [sum(found) / len(found) for step in checks for found in [rows.where(measure, model=label, step=step)]]
             axes[1].plot(checks, means, style, color=colour, marker="o", markersize=3, label=f"{label}, {words}")
             if measure == "alignment_first":
-                firsts[label] = means[min(len(means) - 1, checks.index(30) if 30 in checks else 1)]
+                firsts[label] = means[checks.index(early)]
         smooth = [sum(part) / len(part) for i in range(len(losses)) for part in [losses[max(0, i + 1 - LOSS_WINDOW) : i + 1]]]
         axes[2].plot(range(1, len(losses) + 1), smooth, color=colour, label=label)
     axes[0].set(xlabel="index", ylabel="singular values of all updates", yscale="log")
@@ -121,11 +121,11 @@ def _draw(rows: Rows, curves: dict[str, list[float]], checks: Sequence[int], sam
         f"{label}: {moved} of {layers} layers have a singular value above 1e-2, {rank:.2g} each in the mean"
         for label, (moved, layers, rank) in ends.items()
     )
-    early = " and ".join(f"{100 * firsts[label]:.0f} % ({label})" for label in firsts)
+    aligned = " and ".join(f"{100 * firsts[label]:.0f} % ({label})" for label in firsts)
     caption = (
         f"Deep LoRA as in the paper, full width and compressed, {samples} pairs of the STS Benchmark, {steps} steps of 16, "
-        f"rates to zero in a line. {said}. At step {30 if 30 in checks else checks[1]} the first right singular vector is "
-        f"aligned with that of the end to {early}. Singular values below 1e-8 of an update's largest are rounding, and so is "
+        f"rates to zero in a line. {said}. At step {early} the first right singular vector is "
+        f"aligned with that of the end to {aligned}. Singular values below 1e-8 of an update's largest are rounding, and so is "
         "the subspace that they span. The source: BERT, all pairs, 2,000 steps; full-width updates of very low rank, aligned "
         "long before the loss is low."
     )

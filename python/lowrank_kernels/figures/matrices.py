@@ -277,7 +277,7 @@ def narrow(request: Request) -> Made:
     full, quick = Setting(1000, 5, 0.2, 1e-3, 5e3, 100_000, 1e-10), Setting(100, 3, 0.3, 1e-2, 300.0, 8_000, 1e-10)
     setting = quick if request.quick else full
     assumed = (3, 6, 9) if request.quick else (5, 8, 11, 14, 17, 20)
-    trials, dtype = 2, torch.float64 if request.quick else torch.float32
+    trials, dtype = (2, torch.float64) if request.quick else (5, torch.float32)
     rows = Rows("model", "assumed_rank", "trial", "steps", "seconds", "train_loss", "relative_error")
     for trial in range(trials):
         target, loss = setting.problem(request, trial)
