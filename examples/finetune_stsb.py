@@ -76,7 +76,10 @@ def time_steps(bench: Bench, arguments: argparse.Namespace) -> None:
         base = command.load_pretrained(arguments.model, dtype)
         settings = replace(bench.settings, base_dtype=str(dtype).removeprefix("torch."))
         timed = Bench(base, bench.train, bench.dev, settings)
-        runs = [Run(name, tuple(options.items()), min(64, len(bench.train)), 300) for name, options in methods]
+        runs = [
+            Run(name, tuple({**options, **({"head_first": 0.0} if "head_first" in options else {})}.items()), count, 300)
+            for name, options in methods
+        ]
         entry = compare_steps(timed, runs, rounds)
         found.append({**entry, "threads": torch.get_num_threads()})
         results.write_json(file, found)

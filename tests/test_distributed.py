@@ -611,6 +611,67 @@ def test_adapter_files_of_a_sharded_model_are_those_of_the_whole(processes, tmp_
             assert words in str(result["refusals"][position]), result["refusals"]
 
 
+# ---------------------------------------------------------------------- fit_head
+
+
+@scenario
+def fit_head_together(wrapped=None):
+    model = model_of()
+    model = {None: lambda m: m, "ddp": nn.parallel.DistributedDataParallel, "shard": sharded}[wrapped](model)
+    losses = lrk.fit_head(model, [own(0), own(1)], loss_fn=mean_loss, steps=5, lr=1e-2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if wrapped:
+        train(model, [own(5)])
+    return losses, state(model)
+
+
+def test_a_head_is_fitted_to_the_batches_of_all_processes(processes):
+    model = model_of()
+    wanted = lrk.fit_head(model, [both(0), both(1)], loss_fn=mean_loss, steps=5, lr=1e-2)
+    fitted = state(model)
+    train(model, [both(5)])
+    for wrapped, end in ((None, fitted), ("ddp", state(model)), ("shard", state(model))):  # training goes on as in one process
+        for losses, found in processes("fit_head_together", wrapped=wrapped):
+            assert losses == pytest.approx(wanted, rel=1e-12)
+            for name, value in end.items():
+                torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9, msg=f"{name}, {wrapped}")
+
+
+@scenario
+def fit_head_wrong(kind):
+    model, rank = model_of(), dist.get_rank()
+    before, options = state(model), {}
+    batches = [own(0)] * (3 - rank if kind == "fewer batches" else 3)
+    if kind == "other steps":
+        options["steps"] = 2 + rank
+    factor = float("nan") if kind == "loss is NaN" and rank == 1 else 1.0
+    try:
+        lrk.fit_head(model, batches, loss_fn=lambda model, each: factor * mean_loss(model, each), **options)
+        raised = None
+    except Exception as error:
+        raised = f"{type(error).__name__}: {error}"
+    assert same(state(model), before)
+    dist.barrier()
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("loss is NaN", "ValueError: process 1 raised ValueError: fit_head: the loss must", "ValueError: fit_head: the loss"),
+        ("other steps", "ValueError: fit_head: every process must have the same steps", "ValueError: fit_head: every"),
+        ("fewer batches", "ValueError: fit_head: every process needs as many batches", "ValueError: fit_head: every"),
+    ],
+    ids=lambda value: "" if ":" in value else value.replace(" ", "-"),
+)
+def test_a_head_that_cannot_be_fitted_is_as_before_in_all_processes(processes, kind, first, second):
+    raised = processes("fit_head_wrong", kind=kind)
+    assert raised[0] is not None
+    assert raised[1] is not None
+    assert raised[0].startswith(first), raised[0]
+    assert raised[1].startswith(second), raised[1]
+
+
 # ---------------------------------------------------------------------- the workers themselves
 
 

@@ -104,7 +104,7 @@ def refused(*arguments: Any) -> str:
 # ---------------------------------------------------------------------- methods
 
 QUICK_RATES = {
-    "head": {}, "lora-paper": {"lr": 1e-2}, "peft-lora": {"lr": 1e-2}, "lora": {"lr": 1e-2}, "loraplus": {"lr": 3e-3},
+    "head": {}, "lora-paper": {"lr": 1e-2}, "peft-lora": {"lr": 1e-2}, "peft-lora-head": {"lr": 1e-2}, "lora": {"lr": 1e-2}, "loraplus": {"lr": 3e-3},
     "deeplora": {}, "deeplora-random": {},
     "deeplora-paper": {"lr": 5e-2, "init_scale": 0.3}, "deeplora-paper-random": {"lr": 5e-2, "init_scale": 0.3},
     "deeplora-full": {"lr": 1e-2, "init_scale": 0.1}, "randlora": {"lr": 1e-2, "rank": 4},
@@ -129,7 +129,8 @@ def test_every_method_trains(bench, method):
 
 def test_rates_go_where_they_belong(bench):
     def groups(method, **options):
-        trainee = Trainee(bench, run_of(method, **options))
+        first = {"head_first": 0.0} if method == "deeplora" else {}
+        trainee = Trainee(bench, run_of(method, **first, **options))
         return {group.get("name", "all"): group for group in trainee.optimizer.param_groups}
 
     deep = groups("deeplora-paper", rank=16, lr=1e-2, gamma=0.5)
@@ -137,8 +138,6 @@ def test_rates_go_where_they_belong(bench):
     assert deep["deeplora.outer"]["lr"] == pytest.approx(5e-3)
     assert deep["deeplora.core.16"]["eps"] == 1e-6
     assert deep["head"]["lr"] == 1e-2
-    rates = {flag: groups("deeplora", rank=16, by_epochs=flag)["deeplora.core.16"]["lr"] for flag in (0, 1)}
-    assert rates == {0: pytest.approx(5e-3), 1: pytest.approx(5e-3 * (5 / 6) ** 2)}  # 12 steps of 16, 32 samples: 6 epochs
     assert groups("deeplora", outer="sgd")["deeplora.outer"]["method"] == "sgd"
     assert "deeplora.outer" not in groups("deeplora", gamma=0.0)
     plus = groups("loraplus", lr=1e-4)
@@ -191,6 +190,25 @@ def test_linear_schedule_ends_at_zero(bench):
         trainee.step(step)
         rates.append(trainee.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+
+
+def test_the_head_first_then_the_method(bench):
+    """The first share of the steps is a run of the head alone; then the schedule begins, from the head that is there."""
+    alone = execute(bench, run_of("head", steps=12))
+    run = run_of("deeplora", steps=12, head_first=0.5)
+    found = execute(bench, run)
+    assert found["losses"][:7] == alone["losses"][:7]  # the adapters start at zero
+    assert found["losses"][7] != alone["losses"][7]
+    assert found["ranks"]["moved"] == 1.0
+    trainee = Trainee(bench, Run(run.method, run.options, 32, 12, "linear", 0))
+    rates, adapted = [], []
+    for step in range(12):
+        trainee.step(step)
+        rates.append(trainee.optimizer.param_groups[-1]["lr"])
+        adapted.append(len(trainee.optimizer.param_groups) > 1)
+    assert adapted == [False] * 6 + [True] * 6
+    assert rates == pytest.approx([1e-2] * 6 + [1e-2 * (1 - step / 6) for step in range(6)])
+    assert Trainee(bench, run_of("deeplora", steps=2, head_first=0.99)).head_steps == 1  # a method always has its turn
 
 
 def test_ranks_of_peft_are_those_of_its_products(bench):
@@ -271,7 +289,7 @@ def test_bfloat16_base_keeps_adapters_and_norms_in_float32(stsb, model_folder, t
     )
     bench = prepare(request, print)[0]
     for method in ("deeplora", "peft-lora", "deeplora-full"):
-        trainee = Trainee(bench, run_of(method))
+        trainee = Trainee(bench, run_of(method, **({"head_first": 0.0} if method == "deeplora" else {})))
         dtypes = {p.dtype for name, p in trainee.model.named_parameters() if p.requires_grad or "LayerNorm" in name}
         assert dtypes == {torch.float32}
         base = [p.dtype for n, p in trainee.model.encoder.named_parameters() if n.endswith("query.base_layer.weight")]
@@ -306,9 +324,19 @@ class Kill(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["deeplora", "peft-lora", "randlora", "deeplora-full"])
-def test_resumed_is_bit_for_bit_the_uninterrupted(bench, tmp_path, method):
-    options = {"init_scale": 0.3, "lr": 2e-2} if method == "deeplora" else {}
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("deeplora", {"lr": 2e-2}),
+        ("deeplora", {"head_first": 0.7}),  # killed just before the method's turn
+        ("deeplora", {"head_first": 0.9}),
+        ("peft-lora", {}),
+        ("peft-lora-head", {"head_first": 0.4}),
+        ("randlora", {}),
+        ("deeplora-full", {}),
+    ],
+)
+def test_resumed_is_bit_for_bit_the_uninterrupted(bench, tmp_path, method, options):
     run = run_of(method, **options)
     whole = execute(bench, run)
     checkpoint = tmp_path / "run.safetensors"

@@ -267,7 +267,7 @@ def test_deep_lora_starts_at_zero_with_a_gradient_that_is_not_small(name, depth,
 def test_default_scale_by_mode_and_depth(depth):
     layer = DeepLoRALinear(nn.Linear(6, 5), 2, depth)
     eps = layer.adapters["default"].init_scale
-    assert eps == (1.0 if depth == 1 else pytest.approx((0.75 / depth) ** (1 / (depth - 1)), abs=1 / 128))
+    assert eps == (1.0 if depth == 1 else pytest.approx((0.27 / depth) ** (1 / (depth - 1)), abs=1 / 128))
     assert DeepLoRALinear(nn.Linear(6, 5), 2, depth, mode="paper").adapters["default"].init_scale == 1e-3
     with pytest.raises(ValueError, match="mode must be 'aligned' or 'paper', got 'fast'"):
         DeepLoRALinear(nn.Linear(6, 5), 2, depth, mode="fast")

@@ -77,7 +77,7 @@ def test_rates_of_deep_lora():
     model = mixed_model()
     got = by_parameter(model, parameter_groups(model, 2e-2, gamma=0.1, weight_decay=0.3))
     wanted = {
-        "deep.core.default": ("deeplora.core.64", 2e-2 / 8),
+        "deep.core.default": ("deeplora.core.64", 2e-2 / 8**0.5),
         "deep_words.core.default": ("deeplora.core.8", 2e-2),
         "conv.core.default": ("deeplora.core.2", 2e-2),  # never above lr
         "deep.left.default": ("deeplora.outer", 2e-3),
@@ -85,9 +85,9 @@ def test_rates_of_deep_lora():
         "lora.left.default": ("lora.left", 2e-2),
         "words.right.default": ("lora.right", 2e-2),
         "rand.lambdas.default": ("randlora", 2e-2),
-        "head.weight": ("other", 2e-2),
-        "head.bias": ("other.vectors", 2e-2),
-        "norm.weight": ("other.vectors", 2e-2),
+        "head.weight": ("other", 2e-3),
+        "head.bias": ("other.vectors", 2e-3),
+        "norm.weight": ("other.vectors", 2e-3),
     }
     for name, (group, rate) in wanted.items():
         assert got[name]["name"] == group
@@ -97,19 +97,19 @@ def test_rates_of_deep_lora():
     flat = by_parameter(model, parameter_groups(model, 2e-2, reference_rank=None))
     assert flat["deep.core.default"]["lr"] == 2e-2
     wider = by_parameter(model, parameter_groups(model, 2e-2, reference_rank=16))
-    assert wider["deep.core.default"]["lr"] == pytest.approx(5e-3)
+    assert wider["deep.core.default"]["lr"] == pytest.approx(1e-2)
     assert wider["deep_words.core.default"]["lr"] == 2e-2
 
 
-def test_modes_have_their_own_gamma_and_epsilon():
+def test_modes_have_their_own_gamma_epsilon_and_betas():
     model = nn.ModuleDict({mode: DeepLoRALinear(nn.Linear(8, 8), 4, mode=mode) for mode in ("aligned", "paper")})
     groups = {group["name"]: group for group in parameter_groups(model)}
-    rates = {name: (group["lr"], group.get("eps")) for name, group in groups.items()}
+    rates = {name: (group["lr"], group.get("eps"), group.get("betas")) for name, group in groups.items()}
     assert rates == {
-        "deeplora.core.4": (1e-2, None),
-        "deeplora.outer": (pytest.approx(1e-3), None),
-        "deeplora.core.4.paper": (1e-2, 1e-6),
-        "deeplora.outer.paper": (pytest.approx(1e-4), 1e-6),
+        "deeplora.core.4": (1e-2, None, (0.9, 0.98)),
+        "deeplora.outer": (pytest.approx(3e-3), None, (0.9, 0.98)),
+        "deeplora.core.4.paper": (1e-2, 1e-6, None),
+        "deeplora.outer.paper": (pytest.approx(1e-4), 1e-6, None),
     }
     assert {group["name"] for group in parameter_groups(model["paper"])} == {"deeplora.core.4", "deeplora.outer"}
     decays = {group["name"]: group["weight_decay"] for group in parameter_groups(model, weight_decay=0.1)}
@@ -117,17 +117,15 @@ def test_modes_have_their_own_gamma_and_epsilon():
     assert set(decays.values()) == {0.1}
 
 
-@pytest.mark.parametrize(("epochs", "factor"), [(None, 1.0), (0.5, 1.0), (5, 1.0), (10, 0.25), (100, 0.0025)])
-def test_many_epochs_lower_the_rates_of_the_aligned_mode_only(epochs, factor):
-    model = nn.ModuleDict({mode: DeepLoRALinear(nn.Linear(16, 16), 16, mode=mode) for mode in ("aligned", "paper")})
-    model["head"] = nn.Linear(16, 2)
-    rates = {group["name"]: group["lr"] for group in parameter_groups(model, 2e-2, epochs=epochs)}
-    assert rates["deeplora.core.16"] == pytest.approx(1e-2 * factor)
-    assert rates["deeplora.outer"] == pytest.approx(2e-3 * factor)
-    assert rates["deeplora.core.16.paper"] == pytest.approx(1e-2)
-    assert rates["other"] == 2e-2
-    with pytest.raises(ValueError, match="epochs must be a positive finite number, got 0"):
-        parameter_groups(model, epochs=0)
+def test_a_head_is_slower_than_the_cores_of_the_aligned_mode():
+    for mode, share in (("aligned", 0.1), ("paper", 1.0)):
+        model = nn.ModuleDict({"body": DeepLoRALinear(nn.Linear(8, 8), 4, mode=mode), "head": nn.Linear(8, 2)})
+        for asked, rate in (({}, 2e-2 * share), ({"head_lr": 3e-4}, 3e-4)):
+            rates = {group["name"]: group["lr"] for group in parameter_groups(model, 2e-2, **asked)}
+            assert rates["other"] == rates["other.vectors"] == pytest.approx(rate)
+            assert rates["deeplora.core.4"] == 2e-2
+    with pytest.raises(ValueError, match="head_lr must be a positive finite number, got 0"):
+        parameter_groups(model, head_lr=0)
 
 
 def test_loraplus_rates_are_those_of_peft():

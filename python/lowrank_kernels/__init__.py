@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .analysis import rank_report
     from .completion import DeepMatrixCompletion
     from .factorization import DeepFactorization
+    from .heads import fit_head
     from .imputer import LowRankImputer
     from .initialization import compress_
     from .nn import DeepLoRALinear, LoRALinear, RandLoRALinear
@@ -42,6 +43,7 @@ __all__ = [
     "disabled",
     "export_lora",
     "factorization",
+    "fit_head",
     "load_adapter",
     "masked_gradient",
     "merge_and_unload",
@@ -63,6 +65,7 @@ _LAZY = {
     "analysis": ("rank_report",),
     "completion": ("DeepMatrixCompletion",),
     "factorization": ("DeepFactorization",),
+    "heads": ("fit_head",),
     "imputer": ("LowRankImputer",),
     "initialization": ("compress_",),
     "nn": ("DeepLoRALinear", "LoRALinear", "RandLoRALinear"),

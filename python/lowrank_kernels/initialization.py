@@ -3,8 +3,8 @@
 For an adapted linear layer that gradient is ``D = sum over tokens dy^T x``, (out, in). It is never formed: hooks see x and dy
 of each layer during one backward pass, a randomized range finder runs on the products ``D v = dy^T (x v)`` and
 ``D^T u = x^T (dy u)`` at once, and only ``D ~ u diag(s) v^T`` stays, (out + in) (k + oversampling) numbers a layer. Then, per
-layer, ``left, right`` are the top k singular vectors (mode "aligned"), or the matched frames of the top k / 2 ones (mode
-"paper", :mod:`lowrank_kernels.compression`).
+layer, ``left, right`` are the top k singular vectors, left weighted by the singular values (mode "aligned"), or the matched
+frames of the top k / 2 ones (mode "paper", :mod:`lowrank_kernels.compression`).
 
 x is kept through autograd's own saved tensors, so that gradient checkpointing holds: it is recomputed with its block.
 
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .batches import LossFn, LossOrBatches, batch_losses, checked_loss
 from .compression import LinearOperator, aligned_frames, matched_frames, top_singular_vectors
 from .nn import AdapterInfo, AdapterLayer
 from .processes import Team, agreed, assign, is_sharded, sharding_team, team_of
@@ -81,9 +82,9 @@ class CompressionReport:
 
 def compress_(
     model: nn.Module,
-    loss_or_batches: Callable[[], Tensor] | Iterable[Any],
+    loss_or_batches: LossOrBatches,
     *,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     adapter: str | None = None,
     init_scale: float | None = None,
     oversampling: int = 8,
@@ -93,14 +94,14 @@ def compress_(
 ) -> CompressionReport:
     r"""Initialize every Deep LoRA layer of an adapted model from one gradient ``D`` of its weight, all adapters switched off.
 
-    .. math:: aligned: \quad left = -U_k,\ right = V_k^T, \qquad \Delta W(0) = 0, \qquad D \approx U S V^T
+    .. math:: aligned: \quad left = -U_k S_k / s_1,\ right = V_k^T, \qquad \Delta W(0) = 0, \qquad D \approx U S V^T
 
     .. math:: paper: \quad span(right) = span[V_{k/2}, P^T U_{k/2}],\ span(left) = P\, span(right), \qquad
         \Delta W(0) = s\, \epsilon^L\, left \cdot right
 
-    The mode is that of the adapter. Aligned, the gradient of every core is diagonal and negative at the start, so the cores
-    grow along the gradient's own directions, the strongest first. The paper's is the compression of its section 3, with P a
-    Haar map that is never formed.
+    The mode is that of the adapter. Aligned, the gradient of every core is diagonal and negative at the start, and as the cores
+    grow together the update is steepest descent cut to rank k, :math:`-D_k` times a growing number. The paper's is the
+    compression of its section 3, with P a Haar map that is never formed.
 
     Args:
         model: a model with Deep LoRA layers, already in its final dtype and on its device.
@@ -175,7 +176,7 @@ def compress_(
             width = _directions(layer.adapters[adapter]) + oversampling
             turns.sketches[name] = _Sketch(name, layer, width, iterations, seed, turns)
     with _quiet(model, turns.sketches.values()):
-        losses = _passes(_closures(model, loss_or_batches, loss_fn), turns, sharded)
+        losses = _passes(batch_losses("compress_", model, loss_or_batches, loss_fn), turns, sharded)
     if not losses:
         raise ValueError("compress_: loss_or_batches gave no batches, at least one is needed; an exhausted iterator?")
     missed = [name for name, sketch in turns.sketches.items() if sketch.found is None]
@@ -276,52 +277,6 @@ def _some(names: list[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def _closures(
-    model: nn.Module, loss_or_batches: Callable[[], Tensor] | Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor] | None
-) -> Iterator[Callable[[], Tensor]]:
-    if callable(loss_or_batches):
-        if loss_fn is not None:
-            raise ValueError(
-                "compress_: loss_fn goes with batches, and loss_or_batches is a function already; give one of them"
-            )
-        yield loss_or_batches
-        return
-    if isinstance(loss_or_batches, Mapping | Tensor) or not isinstance(loss_or_batches, Iterable):
-        raise TypeError(
-            "compress_: loss_or_batches must be a function without arguments or an iterable of batches, "
-            f"got {type(loss_or_batches).__name__}; a single batch goes in a list: [batch]"
-        )
-    for batch in loss_or_batches:
-        yield lambda batch=batch: (loss_fn or _own_loss)(model, batch)  # type: ignore[misc]
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss that a transformers model returns for a dict of tensors with labels."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"compress_: batches must be dicts, or come with loss_fn(model, batch); got {type(batch).__name__}")
-    device = next(model.parameters()).device
-    loss = getattr(model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}), "loss", None)
-    if loss is None:
-        raise ValueError("compress_: the model returned no .loss; put labels into the batches or pass loss_fn(model, batch)")
-    return loss
-
-
-def _loss(closure: Callable[[], Tensor]) -> Tensor:
-    loss = closure()
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"compress_: the loss must be a tensor with one element, got {got}; return its mean, not .item()")
-    if not loss.requires_grad:
-        raise ValueError(
-            "compress_: the loss does not depend on any adapted layer (it has no grad_fn); compute it without no_grad() and "
-            "detach(), and with use_reentrant=False where checkpointing is used or with an input that requires grad"
-        )
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ValueError(f"compress_: the loss must be finite, got {value}; check the data and the model's dtype")
-    return loss
-
-
 # ---------------------------------------------------------------------- the pass
 
 
@@ -369,7 +324,7 @@ def _passes(closures: Iterator[Callable[[], Tensor]], turns: _Turns, sharded: bo
                     "compress_: with a sharded model every process needs as many batches, process "
                     f"{having.index(False)} has only {len(losses) // len(having)}; give all of them the same number"
                 )
-            loss = None if closure is None else _loss(closure)
+            loss = None if closure is None else checked_loss("compress_", closure)
             losses += [value for value in turns.team.meet(None if loss is None else float(loss.detach())) if value is not None]
             if loss is not None:
                 loss.backward()

@@ -38,7 +38,6 @@ class Setup:
     options: Mapping[str, Any]
     seed: int
     loss: Callable[[], Tensor]  # of the first batch
-    epochs: float = 1.0  # passes over the sample
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,7 @@ OPTIONS: dict[str, Option] = {
     "ratio": Option(float, "a positive number", _positive),
     "dropout": Option(float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
     "reference_rank": Option(float, "a number, 0 for the same rate at every rank", lambda x: 0 <= x < math.inf),
-    "by_epochs": Option(
-        int, "1 for smaller rates where the data is seen more than 5 times, 0 for the same", lambda x: x in (0, 1)
-    ),
+    "head_first": Option(float, "the share of the steps for the head alone, from 0 to below 1", lambda x: 0 <= x < 1),
     "outer": Option(str, "adam or sgd", lambda x: x in ("adam", "sgd")),
 }
 
@@ -117,8 +114,7 @@ def _deep(setup: Setup, mode: str = "aligned", compressed: bool = True) -> Group
     if compressed:
         compress_(encoder, setup.loss, seed=setup.seed)
     reference = o["reference_rank"] or None
-    groups = {"gamma": o["gamma"], "reference_rank": reference, "epochs": setup.epochs if o["by_epochs"] else None}
-    return parameter_groups(encoder, o["lr"], outer=o["outer"], **groups)
+    return parameter_groups(encoder, o["lr"], gamma=o["gamma"], reference_rank=reference, outer=o["outer"])
 
 
 def _lora(setup: Setup) -> Groups:
@@ -193,12 +189,15 @@ def _full_width(setup: Setup) -> Groups:
     return [{"params": [p for p in encoder.parameters() if p.requires_grad], "lr": o["lr"]}]
 
 
+HEAD_FIRST = 0.2  # share of the steps
 _LORA: dict[str, Value] = {"rank": 8, "lr": 1e-3, "alpha": 8.0, "dropout": 0.0, "adam_eps": 1e-8}
-_DEEP: dict[str, Value] = {
-    "rank": 8, "depth": 3, "lr": 1e-2, "gamma": GAMMA["aligned"], "init_scale": 0.0, "dropout": 0.0, "adam_eps": 1e-8,
-    "outer": "adam", "reference_rank": 8.0, "by_epochs": 1,
+_PAPER: dict[str, Value] = {
+    "rank": 8, "depth": 3, "lr": 1e-2, "gamma": GAMMA["paper"], "init_scale": 1e-3, "dropout": 0.0, "adam_eps": ADAM_EPSILON,
+    "outer": "adam", "reference_rank": 8.0,
 }  # fmt: skip
-_PAPER: dict[str, Value] = {**_DEEP, "by_epochs": 0, "gamma": GAMMA["paper"], "init_scale": 1e-3, "adam_eps": ADAM_EPSILON}
+_DEEP: dict[str, Value] = {
+    **_PAPER, "gamma": GAMMA["aligned"], "init_scale": 0.0, "adam_eps": 1e-8, "head_first": HEAD_FIRST
+}  # fmt: skip
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -208,6 +207,7 @@ METHODS: dict[str, Method] = {
             "lora-paper", "LoRA as in the paper", _paper_lora, {"rank": 8, "lr": 1e-4, "dropout": 0.0, "adam_eps": ADAM_EPSILON}
         ),
         Method("peft-lora", "LoRA of PEFT", _peft_lora, _LORA),
+        Method("peft-lora-head", "LoRA of PEFT, head first", _peft_lora, {**_LORA, "head_first": HEAD_FIRST}),
         Method("lora", "LoRA", _lora, _LORA),
         Method("loraplus", "LoRA+", _lora, {**_LORA, "lr": 1e-4, "ratio": 16.0}),
         Method("deeplora", "Deep LoRA", _deep, _DEEP),

@@ -81,32 +81,47 @@ class Bench:
 
 
 class Trainee:
-    """A model with its optimizer and data, ready for steps; the same for a real run and for a step-time comparison."""
+    """A model with its optimizer and data, ready for steps; the same for a real run and for a step-time comparison.
+
+    With the option ``head_first``, a share of the steps, the head alone is trained first, at its constant rate, and the
+    method is put into the model then; what is left of the steps has the run's schedule.
+    """
 
     def __init__(self, bench: Bench, run: Run) -> None:
         self.bench, self.run = bench, run
         sample = subsample(bench.train, run.samples, run.seed)
         self.data = Encoded(bench.base, sample, bench.settings.head, bench.settings.max_length)
         encoder = copy.deepcopy(bench.base.encoder)
-        frozen = {id(parameter) for parameter in encoder.parameters()}
+        self._frozen = {id(parameter) for parameter in encoder.parameters()}
         labels = self.data.labels.to(next(encoder.parameters()).device)
         self.model = TextModel(bench.base, encoder, bench.settings.head, labels, len(sample.classes), run.seed)
-        first = self.batch(0)
-        epochs = run.steps * min(bench.settings.batch, len(sample)) / len(sample)
+        self.head_steps = min(round(dict(run.options).get("head_first", 0.0) * run.steps), run.steps - 1)
+        self.adapted = False
+        if self.head_steps:
+            self._take([])
+        else:
+            self.adapt()
+        self.model.train()
+
+    def adapt(self) -> None:
+        """Put the method into the model, as its head is now."""
+        first = self.batch(self.head_steps)
         setup = Setup(
             self.model,
-            bench.base.linears,
-            dict(run.options),
-            run.seed,
+            self.bench.base.linears,
+            dict(self.run.options),
+            self.run.seed,
             lambda: loss_of(self.model(first), first.labels),
-            epochs,
         )
-        groups: Groups = build(METHODS[run.method], setup)
-        groups.append({"params": list(self.model.head.parameters()), "lr": bench.settings.head_lr, "name": "head"})
-        self.optimizer = AdamWithSGD(groups, fused=True)
+        self._take(build(METHODS[self.run.method], setup))
+        self.adapted = True
+
+    def _take(self, groups: Groups) -> None:
+        """A new optimizer of these groups and the head."""
+        head = {"params": list(self.model.head.parameters()), "lr": self.bench.settings.head_lr, "name": "head"}
+        self.optimizer = AdamWithSGD([*groups, head], fused=True)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.own = {name: p for name, p in self.model.named_parameters() if id(p) not in frozen}
-        self.model.train()
+        self.own = {name: p for name, p in self.model.named_parameters() if id(p) not in self._frozen}
 
     @property
     def trainable(self) -> int:
@@ -120,7 +135,12 @@ class Trainee:
 
     def step(self, step: int) -> float:
         """One step of the optimizer; the loss before it."""
-        share = 1.0 if self.run.schedule == "constant" else 1.0 - step / self.run.steps
+        if step >= self.head_steps and not self.adapted:
+            self.adapt()
+            self.model.train()
+        share = 1.0
+        if self.adapted and self.run.schedule == "linear":
+            share -= (step - self.head_steps) / (self.run.steps - self.head_steps)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         torch.manual_seed(int(np.random.default_rng([self.run.seed, 3, step]).integers(2**62)))  # of the dropout
@@ -258,6 +278,9 @@ def _restore(path: Path, trainee: Trainee) -> dict[str, Any]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({error}); remove it to start this run anew") from error
+    if state.get("run") == trainee.run.to_dict() and state["step"] > trainee.head_steps and not trainee.adapted:
+        trainee.adapt()
+        trainee.model.train()
     own = {f"model.{name}": parameter for name, parameter in trainee.own.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")}
     if state.get("run") != trainee.run.to_dict() or shapes != {name: tuple(p.shape) for name, p in own.items()}:

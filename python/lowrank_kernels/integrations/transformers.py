@@ -1,6 +1,8 @@
 """Adapted models in transformers' ``Trainer``: the optimizer with the rates of every role, reports on ranks and on divergence.
 
-    lrk.adapt(model, rank=8)                                    # or peft.get_peft_model with DeepLoraConfig
+    lrk.adapt(model, rank=8, modules_to_train=["classifier"])   # or peft.get_peft_model with DeepLoraConfig
+    lrk.fit_head(model, loader, steps=60)                       # a new head first
+    lrk.compress_(model, [batch])
     trainer = Trainer(model, args, train_dataset=data, optimizers=trainer_optimizer(model, args))
     trainer.add_callback(RankReportCallback(every=100, log=trainer.log))
     trainer.train()
@@ -23,7 +25,7 @@ from torch.optim import Optimizer
 
 from ..analysis import RankReport, rank_report
 from ..files import PathLike, check_output, extra, read_head, write_atomically
-from ..optim import AdamWithSGD, DivergenceWatch, parameter_groups, watch_divergence
+from ..optim import BETAS, AdamWithSGD, DivergenceWatch, parameter_groups, watch_divergence
 
 extra("transformers", "lowrank_kernels.integrations.transformers")
 
@@ -43,12 +45,11 @@ def trainer_optimizer(
     Args:
         model: adapted by :func:`lowrank_kernels.adapt`, or a PEFT model with Deep LoRA.
         args: the ``TrainingArguments`` of the Trainer; ``optim``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` count,
-            but Deep LoRA's groups in the mode "paper" keep their epsilon of 1e-6.
+            but Deep LoRA's groups keep their betas, in the mode "paper" their epsilon of 1e-6.
         lr: base rate; default ``args.learning_rate``, whose own default 5e-5 is far too small for Deep LoRA (1e-2).
         weight_decay: default ``args.weight_decay``.
         **groups: of ``parameter_groups``: ``gamma``, ``loraplus_ratio`` (LoRA+), ``embedding_lr``, ``reference_rank``,
-            ``epochs`` (not taken from ``args``: see there what it presumes), ``outer`` ("sgd" needs one of AdamW's names in
-            ``args.optim``).
+            ``head_lr``, ``outer`` ("sgd" needs one of AdamW's names in ``args.optim``).
 
     Returns:
         ``(optimizer, None)``: without a scheduler Trainer makes the one of its arguments, which scales all rates alike.
@@ -69,8 +70,8 @@ def trainer_optimizer(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     args = TrainingArguments(folder, learning_rate=1e-2, use_cpu=True, report_to="none")
         ...     optimizer, scheduler = trainer_optimizer(model, args)
-        >>> type(optimizer).__name__, [(group["name"], group["lr"]) for group in optimizer.param_groups]
-        ('AdamW', [('deeplora.outer', 0.001), ('deeplora.core.16', 0.005), ('other', 0.01), ('other.vectors', 0.01)])
+        >>> type(optimizer).__name__, [(group["name"], round(group["lr"], 5)) for group in optimizer.param_groups]
+        ('AdamW', [('deeplora.outer', 0.003), ('deeplora.core.16', 0.00707), ('other', 0.001), ('other.vectors', 0.001)])
     """
     wanted: Any = model  # of any class
     optim = getattr(args.optim, "value", args.optim)
@@ -91,6 +92,9 @@ def trainer_optimizer(
     if not isinstance(options.get("eps"), float):  # another optimizer's epsilon is another thing, Adafactor's are two
         for group in made:
             group.pop("eps", None)
+    if len(options.get("betas", ())) != len(BETAS):  # of another kind
+        for group in made:
+            group.pop("betas", None)
     return kind(made, **options), None
 
 

@@ -57,7 +57,7 @@ class DeepLoRALinear(hosts.Linear, methods.DeepLoRA):
             "paper": tau = 0 and a tiny epsilon, the update starts with k singular values ``scale * epsilon^depth`` on a
             plateau; ``compress_`` makes the paper's frames.
         init_scale: epsilon; the cores start as epsilon I between orthonormal ``left`` and ``right``. By default 1e-3 in the
-            mode "paper", and in the mode "aligned" what makes ``depth epsilon^(depth-1) = 3/4``: 0.5 at depth 3.
+            mode "paper", and in the mode "aligned" what makes ``depth epsilon^(depth-1)`` about 0.27: 0.3 at depth 3.
         scale: s.
         dropout: probability, from 0 to below 1, to drop an element of x before R, in training only.
         dtype: of the factors; by default float64 for a float64 layer and float32 for all others. Else the layer's own.

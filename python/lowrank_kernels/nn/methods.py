@@ -21,7 +21,7 @@ def _normal(rows: int, columns: int, like: Tensor, generator: torch.Generator | 
 
 
 MODES = ("aligned", "paper")
-FIRST_SLOPE = 0.75  # L eps^(L-1): how fast the product of the cores moves at the start of mode "aligned", at any depth
+FIRST_SLOPE = 0.27  # L eps^(L-1): how fast the product of the cores moves at the start of mode "aligned", at any depth
 
 
 def start_scale(mode: str, depth: int) -> float:
