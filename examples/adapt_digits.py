@@ -4,7 +4,7 @@ python examples/adapt_digits.py --out out/digits.json [--quick]
 
 scikit-learn's digits, 8 x 8 pixels. The network is trained on all images of 0 to 4, its body is frozen and adapted, and a new
 head is trained beside it; accuracy on all other images of 5 to 9. Unlike the sentences, these digits want other features: a
-head alone is not enough. Deep LoRA has its defaults, with and without a fifth of the steps for the head alone; PEFT's LoRA a
+head alone is not enough. Deep LoRA has its defaults, with and without a tenth of the steps for the head alone; PEFT's LoRA a
 grid of rates and schedules.
 A few minutes; the JSON is not made again where it is there.
 """
@@ -32,7 +32,7 @@ SCHEDULES = ("linear", "constant")
 SHOTS = {2: 100, 8: 200, 32: 300}  # images of each digit: steps
 SEEDS = 5
 WIDTH, RANK, BATCH, HEAD_RATE = 256, 8, 16, 3e-3
-HEAD_FIRST = 0.2  # share of the steps
+HEAD_FIRST = 0.1  # share of the steps
 
 
 def make(file: Path, quick: bool) -> None:
@@ -116,7 +116,8 @@ def run(
         lrk.adapt(adapted, RANK, seed=seed)
         if method == "deeplora":
             alone = round(HEAD_FIRST * steps)
-            lrk.fit_head(model, order[:alone], loss_fn=lambda net, picked: cross_entropy(net(x[picked]), y[picked]), lr=HEAD_RATE)
+            loss_of = lambda net, picked: cross_entropy(net(x[picked]), y[picked])  # noqa: E731
+            lrk.fit_head(model, order[:alone], loss_fn=loss_of, lr=HEAD_RATE)
         lrk.compress_(adapted, lambda: cross_entropy(model(x[order[alone]]), y[order[alone]]), seed=seed)
         groups = lrk.parameter_groups(adapted)
     elif method == "peft-lora":

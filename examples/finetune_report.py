@@ -16,7 +16,7 @@ DEEP = ("deeplora", "deeplora-paper")
 COMPARED = ("head", "lora-paper", "peft-lora", "loraplus", *DEEP, "randlora")
 SWEPT = ("lora-paper", *DEEP)  # over the ranks
 SCHEDULE_WORDS = {"constant": "constant rates", "linear": "rates that fall to zero in a line"}
-CHANGED = ("gamma", "init_scale", "adam_eps", "outer", "depth")  # one at a time
+CHANGED = ("gamma", "init_scale", "adam_eps", "outer", "depth", "head_first")  # one at a time
 
 
 def write_report(out: Path, docs: Path) -> list[Path]:
@@ -57,9 +57,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
         section(
             "Few samples",
             "A siamese head: each text by itself, mean over the tokens, unit vectors u and v, a linear layer on "
-            "[sqrt(d) \\|u - v\\|, d u v]. A smaller sample of a seed is part of the larger one. Deep LoRA lowers its rates "
-            "where the data is seen many times: with 16 samples (100 epochs) its layers do not move, and what is measured is "
-            "the head.",
+            "[sqrt(d) \\|u - v\\|, d u v]. A smaller sample of a seed is part of the larger one.",
             table(shots),
             "finetuning_few_shot.png",
         ),
@@ -96,8 +94,13 @@ def default_but(row: Row, *free: str) -> bool:
 
 
 def with_schedule(folder: results.Folder, schedule: str) -> list[results.Result]:
-    """The results of a folder with one schedule: it may hold both."""
-    return [result for result in folder.results() if result["run"]["schedule"] == schedule]
+    """The results of a folder with one schedule and the usual number of steps: untuned.py adds others."""
+    found = [result for result in folder.results() if result["run"]["schedule"] == schedule]
+    least: dict[Any, int] = {}
+    for result in found:
+        samples, steps = result["run"]["samples"], result["run"]["steps"]
+        least[samples] = min(steps, least.get(samples, steps))
+    return [result for result in found if result["run"]["steps"] == least[result["run"]["samples"]]]
 
 
 def again(rows: Iterable[Row]) -> list[Row]:
@@ -214,8 +217,9 @@ MiniLM (22.7 M parameters, 6 layers; all 36 linear layers adapted) on the STS Be
 which samples are drawn by the seed; Pearson and Spearman correlation on all {c["dev"][2]:,} dev pairs after the last step.
 All methods of a seed share sample, head, batches of {c["batch"]}, dropout masks, number of steps and schedule
 ({SCHEDULE_WORDS[machine["schedule"]]}); the head's rate is {c["head_lr"]:g}. The rates are the methods' defaults, not tuned
-on these runs; of PEFT's LoRA there are several, and "best" is the best by hindsight. What "Deep LoRA" does by default was
-chosen on a part of the training file ([the two modes](deep_lora_modes.md)); "as in the paper" is its compressed method.
+on these runs; of PEFT's LoRA there are several, and "best" is the best by hindsight. What "Deep LoRA" does by default, a tenth
+of the steps for the head alone among it, was chosen on a part of the training file ([the two modes](deep_lora_modes.md)); "as
+in the paper" is its compressed method. More rates, both schedules and more seeds: [Deep LoRA without tuning](untuned.md).
 
 Frozen layers in {c["base_dtype"]}, threads: {machine["threads"]} ({machine["processor"]}), torch {machine["torch"]}.
 

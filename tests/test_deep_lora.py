@@ -137,3 +137,44 @@ def test_ranks_stay_below_the_inner_width(task: tuple[Transformer, Tensor, Tenso
     for layer in lrk.adapter_layers(model).values():
         values = torch.linalg.svdvals(layer.get_delta_weight("default").double())
         assert values[8] < 1e-6 * values[0]
+
+
+@pytest.mark.parametrize("rank", [2, 8, 32, 128])
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_every_layer_is_off_its_start_within_ten_steps(rank: int, depth: int) -> None:
+    """At the defaults, any rank and depth: the loss falls, and every update goes downhill and counts beside its weight.
+
+    The paper's mode is on its plateau then, from depth 3 on.
+    """
+    torch.manual_seed(0)
+    base, tokens = Transformer(width=128), torch.randint(0, 50, (48, 7))
+    labels = (tokens[:, 0] + tokens[:, 3]) % 3
+    for mode in ("aligned", "paper"):
+        model = copy.deepcopy(base)
+        lrk.adapt(model, rank, depth, exclude_modules=["head", "embedding"], mode=mode)
+        report = lrk.compress_(model, lambda model=model: F.cross_entropy(model(tokens), labels))
+        gradients = dict(steepest(base, tokens, labels))
+        curve = list(losses(model, tokens, labels, steps=11))
+        ratios, descents = [], []
+        for row in report.layers:
+            layer = lrk.adapter_layers(model)[row.name]
+            delta = layer.get_delta_weight("default").detach()
+            ratios.append(float(torch.linalg.matrix_norm(delta, 2) / torch.linalg.matrix_norm(layer.base_layer.weight, 2)))
+            descents.append(float(-(delta * gradients[row.name]).sum() / (delta.norm() * gradients[row.name].norm())))
+        if mode == "aligned":
+            assert curve[-1] < 0.95 * curve[0]
+            assert min(ratios) > 0.03
+            assert max(ratios) < 2
+            assert min(descents) > 0.15  # the cosine to steepest descent
+        elif depth > 2:
+            assert curve[-1] > 0.99 * curve[0]
+            assert min(ratios) < 1e-6
+
+
+def steepest(model: nn.Module, tokens: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The gradient of every weight of the model as it was."""
+    model = copy.deepcopy(model)
+    F.cross_entropy(model(tokens), labels).backward()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module.weight.grad

@@ -104,7 +104,8 @@ def refused(*arguments: Any) -> str:
 # ---------------------------------------------------------------------- methods
 
 QUICK_RATES = {
-    "head": {}, "lora-paper": {"lr": 1e-2}, "peft-lora": {"lr": 1e-2}, "peft-lora-head": {"lr": 1e-2}, "lora": {"lr": 1e-2}, "loraplus": {"lr": 3e-3},
+    "head": {}, "lora-paper": {"lr": 1e-2}, "peft-lora": {"lr": 1e-2}, "peft-lora-head": {"lr": 1e-2},
+    "lora": {"lr": 1e-2}, "loraplus": {"lr": 3e-3},
     "deeplora": {}, "deeplora-random": {},
     "deeplora-paper": {"lr": 5e-2, "init_scale": 0.3}, "deeplora-paper-random": {"lr": 5e-2, "init_scale": 0.3},
     "deeplora-full": {"lr": 1e-2, "init_scale": 0.1}, "randlora": {"lr": 1e-2, "rank": 4},
@@ -135,11 +136,11 @@ def test_rates_go_where_they_belong(bench):
 
     deep = groups("deeplora-paper", rank=16, lr=1e-2, gamma=0.5)
     assert deep["deeplora.core.16"]["lr"] == pytest.approx(5e-3)
-    assert deep["deeplora.outer"]["lr"] == pytest.approx(5e-3)
+    assert deep["deeplora.outer.16"]["lr"] == pytest.approx(5e-3)
     assert deep["deeplora.core.16"]["eps"] == 1e-6
     assert deep["head"]["lr"] == 1e-2
-    assert groups("deeplora", outer="sgd")["deeplora.outer"]["method"] == "sgd"
-    assert "deeplora.outer" not in groups("deeplora", gamma=0.0)
+    assert groups("deeplora", outer="sgd")["deeplora.outer.8"]["method"] == "sgd"
+    assert "deeplora.outer.8" not in groups("deeplora", gamma=0.0)
     plus = groups("loraplus", lr=1e-4)
     assert plus["lora.left"]["lr"] == pytest.approx(16e-4)
     assert plus["lora.right"]["lr"] == 1e-4

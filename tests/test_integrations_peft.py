@@ -224,7 +224,7 @@ def test_merge_understands_both_interfaces():
 def test_what_works_on_the_packages_models_works_here():
     model = wrapped(init_weights=True, task_type="SEQ_CLS", target_modules=["query", "value"]).train()
     groups = lrk.parameter_groups(model, lr=5e-2)
-    assert {group["name"] for group in groups} == {"deeplora.outer", "deeplora.core.4", "other", "other.vectors"}
+    assert {group["name"] for group in groups} == {"deeplora.outer.4", "deeplora.core.4", "other", "other.vectors"}
     assert {p for g in groups for p in g["params"]} == {p for p in model.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(groups)
     watch = lrk.watch_divergence(model, optimizer, every=5)

@@ -123,10 +123,10 @@ def test_the_helper_takes_the_arguments_of_trainer(tmp_path):
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {group["betas"] for group in groups.values()} == {(0.8, 0.95)}
     assert groups["deeplora.core.4"]["lr"] == 1e-2
-    assert groups["deeplora.outer"]["lr"] == 5e-3
+    assert groups["deeplora.outer.4"]["lr"] == 5e-3
     assert {name: group["eps"] for name, group in groups.items()} == {
         "deeplora.core.4": 1e-6,
-        "deeplora.outer": 1e-6,
+        "deeplora.outer.4": 1e-6,
         "other": 1e-7,
         "other.vectors": 1e-7,
     }
@@ -177,7 +177,7 @@ def test_gradient_descent_on_the_outer_factors(tmp_path):
     trainer = trainer_of(model, arguments(tmp_path), outer="sgd")
     trainer.train()
     assert type(trainer.optimizer.optimizer) is lrk.AdamWithSGD
-    outer = [p for group in trainer.optimizer.param_groups if group["name"] == "deeplora.outer" for p in group["params"]]
+    outer = [p for group in trainer.optimizer.param_groups if group["name"] == "deeplora.outer.4" for p in group["params"]]
     assert outer
     assert all(parameter not in trainer.optimizer.state for parameter in outer)
 
@@ -418,7 +418,7 @@ def test_a_peft_model_with_deep_lora(tmp_path):
     whole.add_callback(watch)
     whole.train()
     names = {group["name"] for group in whole.optimizer.param_groups}
-    assert names == {"deeplora.core.4", "deeplora.outer", "other", "other.vectors"}
+    assert names == {"deeplora.core.4", "deeplora.outer.4", "other", "other.vectors"}
     assert list(reports.reports) == [3, 6]
     assert len(watch.ratios) == len(reports.reports[6].layers) == 13
     resumed = trainer_of(model_of(2), arguments(tmp_path, **options))

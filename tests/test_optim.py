@@ -77,11 +77,11 @@ def test_rates_of_deep_lora():
     model = mixed_model()
     got = by_parameter(model, parameter_groups(model, 2e-2, gamma=0.1, weight_decay=0.3))
     wanted = {
-        "deep.core.default": ("deeplora.core.64", 2e-2 / 8**0.5),
+        "deep.core.default": ("deeplora.core.64", 2e-2 / 8),
         "deep_words.core.default": ("deeplora.core.8", 2e-2),
         "conv.core.default": ("deeplora.core.2", 2e-2),  # never above lr
-        "deep.left.default": ("deeplora.outer", 2e-3),
-        "conv.right.default": ("deeplora.outer", 2e-3),
+        "deep.left.default": ("deeplora.outer.64", 2e-3 / 8**0.5),
+        "conv.right.default": ("deeplora.outer.2", 2e-3),
         "lora.left.default": ("lora.left", 2e-2),
         "words.right.default": ("lora.right", 2e-2),
         "rand.lambdas.default": ("randlora", 2e-2),
@@ -97,7 +97,8 @@ def test_rates_of_deep_lora():
     flat = by_parameter(model, parameter_groups(model, 2e-2, reference_rank=None))
     assert flat["deep.core.default"]["lr"] == 2e-2
     wider = by_parameter(model, parameter_groups(model, 2e-2, reference_rank=16))
-    assert wider["deep.core.default"]["lr"] == pytest.approx(1e-2)
+    assert wider["deep.core.default"]["lr"] == pytest.approx(5e-3)
+    assert wider["deep.left.default"]["lr"] == pytest.approx(2e-2 * 0.3 / 2)
     assert wider["deep_words.core.default"]["lr"] == 2e-2
 
 
@@ -107,11 +108,11 @@ def test_modes_have_their_own_gamma_epsilon_and_betas():
     rates = {name: (group["lr"], group.get("eps"), group.get("betas")) for name, group in groups.items()}
     assert rates == {
         "deeplora.core.4": (1e-2, None, (0.9, 0.98)),
-        "deeplora.outer": (pytest.approx(3e-3), None, (0.9, 0.98)),
+        "deeplora.outer.4": (pytest.approx(3e-3), None, (0.9, 0.98)),
         "deeplora.core.4.paper": (1e-2, 1e-6, None),
-        "deeplora.outer.paper": (pytest.approx(1e-4), 1e-6, None),
+        "deeplora.outer.4.paper": (pytest.approx(1e-4), 1e-6, None),
     }
-    assert {group["name"] for group in parameter_groups(model["paper"])} == {"deeplora.core.4", "deeplora.outer"}
+    assert {group["name"] for group in parameter_groups(model["paper"])} == {"deeplora.core.4", "deeplora.outer.4"}
     decays = {group["name"]: group["weight_decay"] for group in parameter_groups(model, weight_decay=0.1)}
     assert decays.pop("deeplora.core.4") == 0  # its start is no place to decay from
     assert set(decays.values()) == {0.1}
@@ -165,7 +166,7 @@ def test_a_layer_used_twice_is_grouped_once():
     model[2].weight = layer.core["default"] = nn.Parameter(torch.ones(1, 2, 2))  # tied to a core: the adapter's rate
     groups = parameter_groups(model)
     assert [(g["name"], len(g["params"])) for g in groups] == [
-        ("deeplora.outer", 2),
+        ("deeplora.outer.2", 2),
         ("deeplora.core.2", 1),
         ("other.vectors", 1),
     ]
@@ -292,7 +293,7 @@ def test_gamma_zero_leaves_the_outer_factors_bit_for_bit(optimizer_class):
     assert moved == {"0.core.default", "2.core.default"}
     assert model[0].left["default"].grad is None
     model[0].set_adapter("default")
-    assert {g["name"] for g in parameter_groups(model[0])} == {"deeplora.outer", "deeplora.core.8"}
+    assert {g["name"] for g in parameter_groups(model[0])} == {"deeplora.outer.8", "deeplora.core.8"}
 
 
 # ---------------------------------------------------------------------- AdamWithSGD
@@ -317,7 +318,7 @@ def test_adam_with_sgd_is_adamw_and_sgd_bit_for_bit(options):
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert set(optimizer.state) == {p for name, p in model.named_parameters() if "core" in name}
-    assert optimizer.param_groups[0]["name"] == "deeplora.outer"
+    assert optimizer.param_groups[0]["name"] == "deeplora.outer.8"
 
 
 def test_state_dict_resumes_bit_for_bit(tmp_path):

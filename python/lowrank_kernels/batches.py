@@ -35,9 +35,7 @@ def batch_losses(
 def _own_loss(function: str, model: nn.Module, batch: Any) -> Tensor:
     """The loss that a transformers model returns for a dict of tensors with labels."""
     if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"{function}: batches must be dicts, or come with loss_fn(model, batch); got {type(batch).__name__}"
-        )
+        raise TypeError(f"{function}: batches must be dicts, or come with loss_fn(model, batch); got {type(batch).__name__}")
     device = next(model.parameters()).device
     loss = getattr(model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}), "loss", None)
     if loss is None:
@@ -54,7 +52,8 @@ def checked_loss(function: str, closure: Callable[[], Tensor]) -> Tensor:
     if not loss.requires_grad:
         raise ValueError(
             f"{function}: the loss does not depend on any parameter that is looked at (it has no grad_fn); compute it without "
-            "no_grad() and detach(), and with use_reentrant=False where checkpointing is used or with an input that requires grad"
+            "no_grad() and detach(), and with use_reentrant=False where checkpointing is used or with an input that requires "
+            "grad"
         )
     value = float(loss.detach())
     if not math.isfinite(value):

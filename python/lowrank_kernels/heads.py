@@ -32,7 +32,7 @@ def fit_head(
 ) -> list[float]:
     """Train what an adapted model trains beside its adapters, the adapters switched off: AdamW at a constant rate.
 
-    Call it before :func:`~lowrank_kernels.compress_`, with about a fifth of the steps that are planned in all. A model without
+    Call it before :func:`~lowrank_kernels.compress_`, with about a tenth of the steps that are planned in all. A model without
     a new head, such as a language model that is trained on, has no use for it.
 
     Args:

@@ -6,7 +6,8 @@ Deep LoRA trains ``delta = s left (core[L-1] ... core[0] - tau I) right`` with A
 - The core's rate goes down with the rank. Adam moves every entry of a k x k core by about lr a step, so its norm by about
   ``k lr`` where the signs are of one piece and ``2 sqrt(k) lr`` where they are not. The product of three cores grows with the
   cube of that once it leaves its start: in the mode "paper" rank 64 at lr 1e-2 ended at s1(delta) = 16 s1(W), with
-  1e-2 * 8 / 64 it trains. The mode "aligned" need not leave a plateau, and takes ``lr * sqrt(8 / rank)``.
+  1e-2 * 8 / 64 it trains. Left and right have k columns whose steps add up in the same way, where they are not slow: in the
+  mode "aligned" their rate goes down with the root of the rank.
 - In the mode "paper" Adam's epsilon is 1e-6, the reference's. At the start the gradient of a core is about
   ``init_scale^2 |G|``, G the gradient of the weight: ``1e-6 |G|`` for depth 3. Below epsilon a step is proportional to it, so
   directions leave the start in the order of their gradient; far above, Adam takes all at the same size, noise included. A
@@ -60,9 +61,8 @@ def parameter_groups(
     ================================  ==========================================  ====================================
     group (``name``)                  parameters                                  rate
     ================================  ==========================================  ====================================
-    ``deeplora.core.<rank>``          cores of that rank                          ``lr * min(1, reference_rank / rank) ** 0.5``,
-                                                                                  mode "paper": without the root
-    ``deeplora.outer``                left and right                              ``gamma * lr``
+    ``deeplora.core.<rank>``          cores of that rank                          ``lr * q``
+    ``deeplora.outer.<rank>``         left and right                              ``gamma * lr * sqrt(q)``
     ``lora.right`` (A)                                                            ``lr``
     ``lora.left`` (B)                                                             ``lr``, LoRA+: ``loraplus_ratio * lr``
     ``lora.embedding``                both factors of embeddings, LoRA+ only      ``embedding_lr``
@@ -70,6 +70,8 @@ def parameter_groups(
     ``other``                         everything else, such as a head             ``head_lr``
     ``other.vectors``                 biases and 1-D parameters, no decay         ``head_lr``, LoRA+: ``loraplus_ratio`` times
     ================================  ==========================================  ====================================
+
+    with ``q = min(1, reference_rank / rank)``; in the mode "paper" left and right have ``gamma * lr`` at every rank.
 
     Args:
         model: a model with adapters. With ``gamma=0`` its Deep LoRA outer factors stop requiring gradients.
@@ -80,7 +82,7 @@ def parameter_groups(
         weight_decay: of all groups but ``other.vectors`` and the cores of the mode "aligned", whose start is not zero.
         loraplus_ratio: LoRA+, rate of B over that of A, for LoRA layers and vectors; published: 16. None: the same rate.
         embedding_lr: LoRA+'s rate of LoRA embeddings.
-        reference_rank: largest rank whose cores get the full rate; None for the same rate at every rank.
+        reference_rank: largest rank with the full rates; None for the same rates at every rank.
         head_lr: rate of everything that is no adapter; default ``lr``, beside Deep LoRA in the mode "aligned" ``lr / 10``.
         outer: "sgd" marks Deep LoRA's outer group with ``"method": "sgd"`` for :class:`AdamWithSGD`; others ignore it.
 
@@ -104,8 +106,8 @@ def parameter_groups(
         >>> model = torch.nn.Sequential(lrk.nn.DeepLoRALinear(body, rank=16), head)
         >>> for group in lrk.parameter_groups(model):
         ...     print(group["name"], round(group["lr"], 5), len(group["params"]))
-        deeplora.outer 0.003 2
-        deeplora.core.16 0.00707 1
+        deeplora.outer.16 0.00212 2
+        deeplora.core.16 0.005 1
         other 0.001 1
         other.vectors 0.001 1
         >>> optimizer = torch.optim.AdamW(lrk.parameter_groups(model))
@@ -146,15 +148,15 @@ def parameter_groups(
             for kind, parameter in layer.adapter_parameters(adapter).items():
                 paper = info.mode == "paper"
                 adam: dict[str, Any] = {"eps": ADAM_EPSILON} if paper else {"betas": BETAS}
+                share = 1.0 if reference_rank is None else min(1.0, reference_rank / info.rank)
                 end = ".paper" if paper and len(modes) > 1 else ""
                 if info.method == "deeplora" and kind == "core":
-                    share = 1.0 if reference_rank is None else min(1.0, reference_rank / info.rank) ** (1.0 if paper else 0.5)
                     decay = {} if paper else {"weight_decay": 0.0}  # it would pull the cores away from where they started
                     add(f"deeplora.core.{info.rank}{end}", share * lr, parameter, **adam, **decay)
                 elif info.method == "deeplora":
                     method = {"method": "sgd"} if outer == "sgd" else {}
-                    rate = (GAMMA[info.mode] if gamma is None else gamma) * lr
-                    add(f"deeplora.outer{end}", rate, parameter, **adam, **method)
+                    rate = (GAMMA[info.mode] if gamma is None else gamma) * lr * (1.0 if paper else math.sqrt(share))
+                    add(f"deeplora.outer.{info.rank}{end}", rate, parameter, **adam, **method)
                 elif info.method == "lora" and loraplus_ratio is not None and _is_embedding(layer):
                     add("lora.embedding", embedding_lr, parameter)
                 elif info.method == "lora":

@@ -189,7 +189,7 @@ def _full_width(setup: Setup) -> Groups:
     return [{"params": [p for p in encoder.parameters() if p.requires_grad], "lr": o["lr"]}]
 
 
-HEAD_FIRST = 0.2  # share of the steps
+HEAD_FIRST = 0.1  # share of the steps
 _LORA: dict[str, Value] = {"rank": 8, "lr": 1e-3, "alpha": 8.0, "dropout": 0.0, "adam_eps": 1e-8}
 _PAPER: dict[str, Value] = {
     "rank": 8, "depth": 3, "lr": 1e-2, "gamma": GAMMA["paper"], "init_scale": 1e-3, "dropout": 0.0, "adam_eps": ADAM_EPSILON,

@@ -1,7 +1,7 @@
 """Adapted models in transformers' ``Trainer``: the optimizer with the rates of every role, reports on ranks and on divergence.
 
     lrk.adapt(model, rank=8, modules_to_train=["classifier"])   # or peft.get_peft_model with DeepLoraConfig
-    lrk.fit_head(model, loader, steps=60)                       # a new head first
+    lrk.fit_head(model, loader, steps=30)                       # a new head first
     lrk.compress_(model, [batch])
     trainer = Trainer(model, args, train_dataset=data, optimizers=trainer_optimizer(model, args))
     trainer.add_callback(RankReportCallback(every=100, log=trainer.log))
@@ -71,7 +71,7 @@ def trainer_optimizer(
         ...     args = TrainingArguments(folder, learning_rate=1e-2, use_cpu=True, report_to="none")
         ...     optimizer, scheduler = trainer_optimizer(model, args)
         >>> type(optimizer).__name__, [(group["name"], round(group["lr"], 5)) for group in optimizer.param_groups]
-        ('AdamW', [('deeplora.outer', 0.003), ('deeplora.core.16', 0.00707), ('other', 0.001), ('other.vectors', 0.001)])
+        ('AdamW', [('deeplora.outer.16', 0.00212), ('deeplora.core.16', 0.005), ('other', 0.001), ('other.vectors', 0.001)])
     """
     wanted: Any = model  # of any class
     optim = getattr(args.optim, "value", args.optim)
