@@ -223,6 +223,12 @@ def test_merge_understands_both_interfaces():
 
 def test_what_works_on_the_packages_models_works_here():
     model = wrapped(init_weights=True, task_type="SEQ_CLS", target_modules=["query", "value"]).train()
+    batch, before = {"input_ids": IDS, "labels": torch.tensor([0, 1, 1])}, copy.deepcopy(model.state_dict())
+    assert len(lrk.fit_head(model, [batch], steps=3)) == 3
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("classifier.modules_to_save" in name for name in changed)
+    assert lrk.compress_(model, [batch]).layers
     groups = lrk.parameter_groups(model, lr=5e-2)
     assert {group["name"] for group in groups} == {"deeplora.outer.4", "deeplora.core.4", "other", "other.vectors"}
     assert {p for g in groups for p in g["params"]} == {p for p in model.parameters() if p.requires_grad}

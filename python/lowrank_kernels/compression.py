@@ -135,21 +135,15 @@ def matched_frames(
     return left * signs, (basis * signs).t()
 
 
-WEAKEST = 1e-2  # least length of a column of left in mode "aligned", where the longest is 1
-
-
 def aligned_frames(
     u: Tensor, s: Tensor, v: Tensor, *, tol: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``left = -u diag(w)`` (m, k), ``right = v^T`` (k, n), with ``w = s / s_1``: as c grows from zero, ``c left right`` is
-    steepest descent cut to rank k, ``-D_k c / s_1``. So the directions grow as the gradient says, the strongest first.
+    """``left = -u`` (m, k) and ``right = v^T`` (k, n): where the loss falls fastest as ``left diag(c) right`` grows from zero.
 
-    Singular vectors of values up to ``tol`` times the largest are rounding; they make room for random ones. No w is below
-    ``WEAKEST``: a direction whose left column were zero would give its cores no gradient.
+    Singular vectors of values up to ``tol`` times the largest are rounding; they make room for random ones.
     """
     known = int((s > tol * s[0]).sum())
-    weights = torch.ones_like(s) if known == 0 else torch.where(s > tol * s[0], s / s[0], 0).clamp_min(WEAKEST)
-    return -_completed(u, known, generator) * weights, _completed(v, known, generator).t()
+    return -_completed(u, known, generator), _completed(v, known, generator).t()
 
 
 def _completed(q: Tensor, known: int, generator: torch.Generator | None) -> Tensor:

@@ -3,8 +3,8 @@
 For an adapted linear layer that gradient is ``D = sum over tokens dy^T x``, (out, in). It is never formed: hooks see x and dy
 of each layer during one backward pass, a randomized range finder runs on the products ``D v = dy^T (x v)`` and
 ``D^T u = x^T (dy u)`` at once, and only ``D ~ u diag(s) v^T`` stays, (out + in) (k + oversampling) numbers a layer. Then, per
-layer, ``left, right`` are the top k singular vectors, left weighted by the singular values (mode "aligned"), or the matched
-frames of the top k / 2 ones (mode "paper", :mod:`lowrank_kernels.compression`).
+layer, ``left, right`` are the top k singular vectors (mode "aligned"), or the matched frames of the top k / 2 ones (mode
+"paper", :mod:`lowrank_kernels.compression`).
 
 x is kept through autograd's own saved tensors, so that gradient checkpointing holds: it is recomputed with its block.
 
@@ -94,14 +94,14 @@ def compress_(
 ) -> CompressionReport:
     r"""Initialize every Deep LoRA layer of an adapted model from one gradient ``D`` of its weight, all adapters switched off.
 
-    .. math:: aligned: \quad left = -U_k S_k / s_1,\ right = V_k^T, \qquad \Delta W(0) = 0, \qquad D \approx U S V^T
+    .. math:: aligned: \quad left = -U_k,\ right = V_k^T, \qquad \Delta W(0) = 0, \qquad D \approx U S V^T
 
     .. math:: paper: \quad span(right) = span[V_{k/2}, P^T U_{k/2}],\ span(left) = P\, span(right), \qquad
         \Delta W(0) = s\, \epsilon^L\, left \cdot right
 
-    The mode is that of the adapter. Aligned, the gradient of every core is diagonal and negative at the start, and as the cores
-    grow together the update is steepest descent cut to rank k, :math:`-D_k` times a growing number. The paper's is the
-    compression of its section 3, with P a Haar map that is never formed.
+    The mode is that of the adapter. Aligned, the gradient of every core is diagonal and negative at the start, so the cores
+    grow along the gradient's own directions, the strongest first. The paper's is the compression of its section 3, with P a
+    Haar map that is never formed.
 
     Args:
         model: a model with Deep LoRA layers, already in its final dtype and on its device.
