@@ -27,6 +27,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
     main = again(row for row in rows if row.method in COMPARED and default_but(row, "lr"))
     swept = again(row for row in rows if row.method in SWEPT and default_but(row, "rank"))
     ablated = again(row for row in rows if row.method.startswith("deeplora") and default_but(row, *CHANGED))
+    swept_ranks = sorted({row.options["rank"] for row in swept})
     figures = docs / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     ranked = [row for row in main if row.method in ("lora-paper", *DEEP) or row is best_peft(main)]
@@ -62,7 +63,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
             "finetuning_few_shot.png",
         ),
         section(
-            "Ranks 2 to 64 at default rates",
+            f"Ranks {swept_ranks[0]} to {swept_ranks[-1]} at default rates",
             "Nothing is tuned for the rank. A layer has moved when its update has a singular value above 1e-2; spread is the "
             "largest minus the smallest mean over the ranks.",
             table(swept) + "\n" + markdown(("method", "spread over the ranks"), spreads(swept)),

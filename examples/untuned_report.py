@@ -42,10 +42,11 @@ def write_report(out: Path, docs: Path) -> list[Path]:
     parts = [
         heading(machine, cross.configuration),
         "## Claims\n\n" + markdown(("claim", "limit", "measured", "verdict"), claims(main, longer, shapes, digits), texts=4),
+        "## What PEFT's LoRA was tried with\n\nSeeds at every rate, rates falling in a line and constant.\n\n"
+        + markdown(*tried(main)),
         "## The STS Benchmark\n\nCross-encoder at n = 1024, siamese head below ([how](finetuning.md)). Every method of a seed "
-        "shares sample, head, batches and number of steps. The same head first helps PEFT's LoRA, too: it is a row of its "
-        "own.\n\n" + table(main),
-        "## Twice the steps\n\nOne seed of 600 steps, beside those of 300.\n\n" + table(longer),
+        "shares sample, head, batches and number of steps.\n\n" + table(main),
+        "## Twice the steps\n\nAll that was made with 600 steps, beside those of 300.\n\n" + table(longer),
         "## Ranks and depths\n\nOne seed but for the default. A layer has moved when its update has a singular value above "
         "1e-2.\n\n" + table(shapes),
         "## Digits\n\nAn MLP (64, 256, 256) that learnt the digits 0 to 4, adapted to 5 to 9: accuracy on all other images of "
@@ -102,9 +103,21 @@ def single(rows: Sequence[Row], sizes: Sequence[int]) -> tuple[float, str]:
         chosen = [
             row for n in sizes for row in of(rows, "peft-lora", n) if row.options["lr"] == rate and row.schedule == "linear"
         ]
-        means[rate] = statistics.fmean(row.mean(MEASURE) or 0.0 for row in chosen)
+        if len(chosen) == len(sizes):
+            means[rate] = statistics.fmean(row.mean(MEASURE) or 0.0 for row in chosen)
     rate = max(means, key=lambda rate: means[rate])
     return means[rate], f"{rate:g}"
+
+
+def tried(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """How many seeds the grid has, size by size: "best" is the best of these."""
+    grid = [row for row in rows if row.method == "peft-lora"]
+    rates = sorted({row.options["lr"] for row in grid})
+    body = []
+    for n in sorted({row.samples or 0 for row in grid}):
+        counts = {(row.options["lr"], row.schedule): len(row.results) for row in grid if row.samples == n}
+        body.append([str(n), *(f"{counts.get((lr, 'linear'), 0)}, {counts.get((lr, 'constant'), 0)}" for lr in rates)])
+    return ["n", *(f"{lr:g}" for lr in rates)], body
 
 
 # ---------------------------------------------------------------------- claims
