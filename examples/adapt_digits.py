@@ -115,7 +115,7 @@ def run(
     if method.startswith("deeplora"):
         lrk.adapt(adapted, RANK, seed=seed)
         if method == "deeplora":
-            alone = round(HEAD_FIRST * steps)
+            alone = max(round(HEAD_FIRST * steps), 1)
             loss_of = lambda net, picked: cross_entropy(net(x[picked]), y[picked])  # noqa: E731
             lrk.fit_head(model, order[:alone], loss_fn=loss_of, lr=HEAD_RATE)
         lrk.compress_(adapted, lambda: cross_entropy(model(x[order[alone]]), y[order[alone]]), seed=seed)

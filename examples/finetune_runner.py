@@ -76,9 +76,10 @@ def cost(run: Run) -> float:
 
 def request(experiment: Experiment, arguments: argparse.Namespace) -> command.Request:
     """The experiment as the command line would ask for it."""
-    steps, samples, every = experiment.steps, experiment.samples, EVAL_EVERY[experiment.head]
+    steps, samples, seeds, every = experiment.steps, experiment.samples, experiment.seeds, EVAL_EVERY[experiment.head]
     if arguments.quick:
-        steps, samples, every = 6, min(samples, 8 if samples < 64 else 16 if samples < 256 else 32), 3
+        steps, seeds = 6, 1
+        samples, every = min(samples, 8 if samples < 64 else 16 if samples < 256 else 32), 3
     return command.Request(
         str(arguments.data),
         str(arguments.out / experiment.folder),
@@ -86,7 +87,7 @@ def request(experiment: Experiment, arguments: argparse.Namespace) -> command.Re
         task="stsb",
         methods=experiment.methods,
         samples=(samples,),
-        seeds=experiment.seeds,
+        seeds=seeds,
         steps=steps,
         schedules=experiment.schedules or (arguments.schedule,),
         settings=Settings(head=experiment.head, eval_every=every, curve_samples=CURVE_SAMPLES, base_dtype=arguments.base_dtype),
