@@ -26,13 +26,13 @@ from torch.nn.functional import cross_entropy
 import lowrank_kernels as lrk
 from lowrank_kernels.files import InputError, MissingExtra, extra
 from lowrank_kernels.finetuning import results
+from lowrank_kernels.finetuning.methods import HEAD_FIRST
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of PEFT's LoRA
 SCHEDULES = ("linear", "constant")
 SHOTS = {2: 100, 8: 200, 32: 300}  # images of each digit: steps
 SEEDS = 5
 WIDTH, RANK, BATCH, HEAD_RATE = 256, 8, 16, 3e-3
-HEAD_FIRST = 0.1  # share of the steps
 
 
 def make(file: Path, quick: bool) -> None:
@@ -149,7 +149,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         for count in shots:
             wanted = {"shots": count, "method": method, "rate": rate, "schedule": schedule}
             found = [run["accuracy"] for run in runs if all(run[name] == value for name, value in wanted.items())]
-            row.append(f"{statistics.fmean(found):.3f}" + (f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""))
+            mean = f"{statistics.fmean(found):.3f}" if found else "-"
+            row.append(mean + (f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""))
         body.append(row)
     return results.markdown(("method", "schedule", *(f"{count} images each" for count in shots)), body, texts=2)
 

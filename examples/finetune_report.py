@@ -97,11 +97,17 @@ def default_but(row: Row, *free: str) -> bool:
 def with_schedule(folder: results.Folder, schedule: str) -> list[results.Result]:
     """The results of a folder with one schedule and the usual number of steps: untuned.py adds others."""
     found = [result for result in folder.results() if result["run"]["schedule"] == schedule]
-    least: dict[Any, int] = {}
+    usual = usual_steps(found)
+    return [result for result in found if result["run"]["steps"] == usual[result["run"]["samples"]]]
+
+
+def usual_steps(found: Iterable[results.Result]) -> dict[int, int]:
+    """By the number of samples, the fewest steps of any run."""
+    usual: dict[int, int] = {}
     for result in found:
         samples, steps = result["run"]["samples"], result["run"]["steps"]
-        least[samples] = min(steps, least.get(samples, steps))
-    return [result for result in found if result["run"]["steps"] == least[result["run"]["samples"]]]
+        usual[samples] = min(steps, usual.get(samples, steps))
+    return usual
 
 
 def again(rows: Iterable[Row]) -> list[Row]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import adapt_digits
-from finetune_report import MEASURE, default_but, differences, listed, table
+from finetune_report import MEASURE, again, default_but, differences, listed, table, usual_steps
 
 from lowrank_kernels.files import write_atomically
 from lowrank_kernels.finetuning import results
@@ -22,18 +22,16 @@ COMPARED = ("head", "peft-lora", "peft-lora-head", "deeplora")
 def write_report(out: Path, docs: Path) -> list[Path]:
     """``docs/untuned.md``."""
     cross, few = (results.Folder(out / name) for name in ("cross", "few_shot"))
-    found = results.rows(r for folder in (cross, few) for r in folder.results() if r["run"]["method"] in COMPARED)
-    least: dict[int, int] = {}
-    for row in found:
-        least[row.samples or 0] = min(least.get(row.samples or 0, row.steps), row.steps)
-    most = max(least)
-    usual = [row for row in found if row.steps == least[row.samples or 0]]
-    main = relabelled(row for row in usual if default_but(row, "lr"))
-    longer = relabelled(
+    made = [r for folder in (cross, few) for r in folder.results() if r["run"]["method"] in COMPARED]
+    usual_of, found = usual_steps(made), results.rows(made)
+    most = max(usual_of)
+    usual = [row for row in found if row.steps == usual_of[row.samples or 0]]
+    main = again(row for row in usual if default_but(row, "lr"))
+    longer = again(
         row for row in found if row.samples == most and default_but(row, "lr") and row.schedule == "linear" and
         row.method in ("peft-lora", "deeplora") and (row.method != "peft-lora" or row.options["lr"] >= 1e-3)
     )  # fmt: skip
-    shapes = relabelled(
+    shapes = again(
         row for row in usual if row.method == "deeplora" and row.samples == most
         and (default_but(row, "rank") or default_but(row, "depth"))
     )  # fmt: skip
@@ -59,19 +57,14 @@ def write_report(out: Path, docs: Path) -> list[Path]:
     return [report]
 
 
-def relabelled(rows: Any) -> list[Row]:
-    """The same rows, labelled by what differs among them."""
-    return results.rows(result for row in rows for result in row.results)
-
-
 def heading(machine: dict[str, Any], configuration: dict[str, Any]) -> str:
     quick = "\n**Made with --quick: the numbers mean nothing.**\n" if machine["quick"] else ""
     return f"""# Deep LoRA without tuning
 {quick}
 Deep LoRA at its defaults, a tenth of the steps for the head alone and then rates falling to zero in a line, against PEFT's LoRA
-at the best of its rates and schedules, which is chosen here by hindsight, on the very data that is measured on. MiniLM on all
-{configuration["dev"][2]:,} dev pairs of the STS Benchmark, Pearson correlation after the last step. The defaults were chosen on
-a part of the training file ([the modes of Deep LoRA](deep_lora_modes.md)).
+at the best of the rates and schedules below, which is chosen here by hindsight, on the very data that is measured on. MiniLM on
+all {configuration["dev"][2]:,} dev pairs of the STS Benchmark, Pearson correlation after the last step. The defaults were
+chosen on a part of the training file ([the modes of Deep LoRA](deep_lora_modes.md)).
 
 {machine["processor"]}, torch {machine["torch"]}. Made by one command, from its JSON results alone:
 

@@ -319,11 +319,14 @@ def failing_gradient(*_):
     ids=lambda value: "" if ":" in value or "Error" in value else value.replace(" ", "-"),
 )
 def test_an_error_in_one_process_is_raised_in_all_and_nothing_changes(processes, kind, first, second):
-    raised = processes("compress_wrong", kind=kind)
-    assert raised[0] is not None
-    assert raised[1] is not None
-    assert raised[0].startswith(first), raised[0]
-    assert raised[1].startswith(second), raised[1]
+    check_raised(processes("compress_wrong", kind=kind), first, second)
+
+
+def check_raised(raised, *starts):
+    """What the processes said, rank by rank."""
+    for error, start in zip(raised, starts, strict=True):
+        assert error is not None
+        assert error.startswith(start), error
 
 
 @scenario
@@ -665,11 +668,7 @@ def fit_head_wrong(kind):
     ids=lambda value: "" if ":" in value else value.replace(" ", "-"),
 )
 def test_a_head_that_cannot_be_fitted_is_as_before_in_all_processes(processes, kind, first, second):
-    raised = processes("fit_head_wrong", kind=kind)
-    assert raised[0] is not None
-    assert raised[1] is not None
-    assert raised[0].startswith(first), raised[0]
-    assert raised[1].startswith(second), raised[1]
+    check_raised(processes("fit_head_wrong", kind=kind), first, second)
 
 
 # ---------------------------------------------------------------------- the workers themselves

@@ -168,6 +168,8 @@ def test_other_optimizers_of_the_arguments(tmp_path, optim, kind):
     model = adapted()
     before, trainer = state(model), trainer_of(model, arguments(tmp_path, optim=optim))
     assert type(trainer.optimizer) is kind
+    betas = {g.get("betas") for g in trainer.optimizer.param_groups if g["name"].startswith("deeplora")}
+    assert betas == {(0.9, 0.98) if kind is torch.optim.AdamW else None}  # an optimizer without two betas gets none
     trainer.train()
     assert not same(before, state(model))
 

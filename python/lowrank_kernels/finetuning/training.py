@@ -101,7 +101,6 @@ class Trainee:
             self._take([])
         else:
             self.adapt()
-        self.model.train()
 
     def adapt(self) -> None:
         """Put the method into the model, as its head is now."""
@@ -122,6 +121,7 @@ class Trainee:
         self.optimizer = AdamWithSGD([*groups, head], fused=True)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.own = {name: p for name, p in self.model.named_parameters() if id(p) not in self._frozen}
+        self.model.train()
 
     @property
     def trainable(self) -> int:
@@ -137,7 +137,6 @@ class Trainee:
         """One step of the optimizer; the loss before it."""
         if step >= self.head_steps and not self.adapted:
             self.adapt()
-            self.model.train()
         share = 1.0
         if self.adapted and self.run.schedule == "linear":
             share -= (step - self.head_steps) / (self.run.steps - self.head_steps)
@@ -280,7 +279,6 @@ def _restore(path: Path, trainee: Trainee) -> dict[str, Any]:
         raise InputError(f"{path}: not a readable checkpoint ({error}); remove it to start this run anew") from error
     if state.get("run") == trainee.run.to_dict() and state["step"] > trainee.head_steps and not trainee.adapted:
         trainee.adapt()
-        trainee.model.train()
     own = {f"model.{name}": parameter for name, parameter in trainee.own.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("model.")}
     if state.get("run") != trainee.run.to_dict() or shapes != {name: tuple(p.shape) for name, p in own.items()}:

@@ -27,7 +27,7 @@ FIRST_SLOPE = 0.27  # L eps^(L-1): how fast the product of the cores moves at th
 def start_scale(mode: str, depth: int) -> float:
     """The default ``init_scale``: the paper's 1e-3, or the eps with ``depth eps^(depth-1)`` about ``FIRST_SLOPE``.
 
-    It is a multiple of 1/64, so that the product of up to four cores is exact, and the update zero, in half precision too.
+    It is a multiple of 1/64: half precision holds it, and the product of up to four is exact in float32, the update zero.
     """
     return 1e-3 if mode == "paper" else round(64 * (FIRST_SLOPE / depth) ** (1 / (depth - 1))) / 64 if depth > 1 else 1.0
 
