@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST_LOG = 8 << 20
 LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 # What takes longest comes first; the files of the GPU come before it.
-SLOW = ("cuda_on_cpu", "completion_op", "simd_widths", "cuda_build", "three_factor_op", "three_factor_graphs", "bench", "nn")
+SLOW = (
+    "cuda_on_cpu", "completion_op", "completion_graphs", "simd_widths", "cuda_build", "three_factor_op", "three_factor_graphs",
+    "bench", "nn",
+)  # fmt: skip
 
 
 class Failed(Exception):

@@ -29,7 +29,12 @@ WORK, DIST = ROOT / "build" / "release", ROOT / "dist"
 BIN = Path(sys.executable).parent
 # The tests of an installed package: they read no source and cover what meets torch's internals: kernels, ops, layers,
 # optimizers. What is built on those (estimators, solvers, whole models) takes far longer and is tested in the checkout.
-SUITE = "test_doctor", "test_nn", "test_optim", "test_entries", "test_completion_op", "test_three_factor_op"
+SUITE = (
+    "test_doctor", "test_nn", "test_optim", "test_entries", "test_completion_op", "test_completion_graphs",
+    "test_three_factor_op",
+)  # fmt: skip
+# What they import, and pytest's settings.
+SHARED = "tests/conftest.py", "tests/completion_checks.py", "tests/workers.py", "pyproject.toml"
 TEST_REQUIREMENTS = "scipy", "scikit-learn", "pytest"
 # Where other programs run beside the tests, threads that wait by spinning double their time.
 TEST_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "LRK_EXPECT_NATIVE": "1"}
@@ -82,7 +87,7 @@ def test_files() -> list[Path]:
 def copy_tests(folder: Path) -> list[str]:
     """The suite and what it needs into a folder outside the sources; the names of its files."""
     files = test_files()
-    for path in (*files, ROOT / "tests" / "conftest.py", ROOT / "pyproject.toml"):  # pyproject.toml: pytest's settings
+    for path in (*files, *(ROOT / name for name in SHARED)):
         shutil.copy(path, folder)
     return [path.name for path in files]
 

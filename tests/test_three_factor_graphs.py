@@ -6,10 +6,7 @@ Most checks with dropout use that the update u is linear in x and in every facto
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from workers import in_subprocess
 
 from lowrank_kernels import _native, reference
 from lowrank_kernels.ops.three_factor import three_factor_linear
@@ -320,19 +318,6 @@ def test_python_threads_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def in_subprocess(script: str, **environment: str) -> str:
-    """Standard output of a script in a fresh interpreter."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_without_the_native_module(tmp_path: Any) -> None:

@@ -1,7 +1,7 @@
-"""Processes for tests: a test file run as a script, once for all of its tests.
+"""Processes for tests: a script in a fresh interpreter, and a test file run as a script, once for all of its tests.
 
-A test sends them the name of a scenario, each runs it in a process group of its own and sends the result back; one that hangs
-is killed, and its stack is the test's message.
+A test sends the latter the name of a scenario, each runs it in a process group of its own and sends the result back; one that
+hangs is killed, and its stack is the test's message.
 """
 
 import faulthandler
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -23,6 +24,19 @@ import torch.distributed as dist
 
 WAIT = 60  # seconds for one scenario; a collective alone gives up after a third of it
 SCENARIOS = {}
+
+
+def in_subprocess(script, **environment):
+    """Standard output of a script in a fresh interpreter."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def scenario(function):
