@@ -433,3 +433,25 @@ def test_peft_converts_it_to_lora():
     lora = peft.get_peft_model(bert(), config)
     peft.set_peft_model_state_dict(lora, state)
     assert torch.allclose(lora.eval()(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: lrk.adapt(model, 2, target_modules=["pooler.dense"], adapter="b"),
+        lambda model: lrk.set_adapter(model, "default"),
+        lambda model: lrk.delete_adapter(model, "default"),
+        lrk.unadapt,
+        lrk.merge_and_unload,
+    ],
+    ids=["adapt", "set_adapter", "delete_adapter", "unadapt", "merge_and_unload"],
+)
+def test_adapters_of_pefts_model_are_changed_by_its_own_methods(change):
+    model = trained(target_modules=["query"])
+    before, names = model(IDS).logits, [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"the adapters of 2 layers, such as base_model\S+query, are PEFT's; use the methods"):
+        change(model)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(model(IDS).logits, before)
+    with lrk.disabled(model):
+        assert not torch.equal(model(IDS).logits, before)

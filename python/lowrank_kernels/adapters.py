@@ -391,6 +391,7 @@ def check_free(function: str, model: nn.Module, adapter: str) -> None:
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise ValueError(f"{function}: the model has lazy layers without parameters yet; call the model once first")
     layers = adapter_layers(model)
+    _refuse_peft(function, layers)
     taken = [name for name, layer in layers.items() if adapter in layer.adapters]
     if taken:
         raise ValueError(
@@ -400,6 +401,16 @@ def check_free(function: str, model: nn.Module, adapter: str) -> None:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{function}: adapters are merged in {len(merged)} layers, such as {merged[0]}; unmerge() them first")
+
+
+def _refuse_peft(function: str, layers: Mapping[str, AdapterLayer]) -> None:
+    """PEFT's model keeps a record of the adapters of its layers, so they come and go by its own methods."""
+    theirs = [name for name, layer in layers.items() if _is_peft(layer)]
+    if theirs:
+        raise ValueError(
+            f"{function}: the adapters of {len(theirs)} layers, such as {theirs[0]}, are PEFT's; use the methods of its model: "
+            "add_adapter(), load_adapter(), set_adapter(), delete_adapter(), unload(), merge_and_unload()"
+        )
 
 
 def install(
@@ -496,6 +507,13 @@ def _adapted(function: str, model: nn.Module) -> dict[str, AdapterLayer]:
     return layers
 
 
+def _changeable(function: str, model: nn.Module) -> dict[str, AdapterLayer]:
+    """Adapted layers whose adapters are not PEFT's to change."""
+    layers = _adapted(function, model)
+    _refuse_peft(function, layers)
+    return layers
+
+
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapted layers of a model by name; a shared layer once, under its first name.
 
@@ -518,7 +536,7 @@ def unadapt(model: nn.Module) -> None:
     Raises:
         ValueError: the model holds no adapters.
     """
-    layers = _adapted("unadapt", model).values()
+    layers = _changeable("unadapt", model).values()
     for layer in layers:
         if layer.merged:
             layer.unmerge()
@@ -548,7 +566,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    layers = _adapted("merge_and_unload", model)
+    layers = _changeable("merge_and_unload", model)
     sharding_team(model)  # puts sharded weights back where they are, so that merge() refuses them
     before = {name: layer.merged_adapters for name, layer in layers.items()}
     name = ""
@@ -576,7 +594,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     Raises:
         ValueError: no layer has an adapter of that name, or adapters are merged; nothing is changed.
     """
-    layers = _adapted("set_adapter", model)
+    layers = _changeable("set_adapter", model)
     names = [names] if isinstance(names, str) else list(names)
     if len(set(names)) != len(names):
         raise ValueError(f"set_adapter: names must differ, got {', '.join(names)}")
@@ -592,7 +610,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: no layer has an adapter of that name, or adapters are merged; nothing is changed.
     """
-    layers = _with_adapter("delete_adapter", _adapted("delete_adapter", model), name)
+    layers = _with_adapter("delete_adapter", _changeable("delete_adapter", model), name)
     for layer in layers.values():
         layer.delete_adapter(name)
     _put_back(model, [layer for layer in layers.values() if not layer.adapters])
