@@ -193,7 +193,10 @@ def test_a_failing_section_is_a_line(monkeypatch):
 def test_a_missing_extra_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(doctor.EXTRAS, "no-such-thing", ("cli", "nothing"))
     line = lines("versions")["no-such-thing"]
-    assert (line.value, line.note) == ("not installed", "nothing: pip install lowrank-kernels[cli]")
+    assert (line.value, line.note) == (
+        "not installed",
+        'nothing: pip install lowrank-kernels[cli], or in a checkout pip install ".[cli]"',
+    )
 
 
 def test_printed_without_click_and_rich(monkeypatch, capsys):

@@ -18,7 +18,9 @@ def main() -> None:
 
         print_report()
     else:
-        print(f"error: the command line needs {' and '.join(missing)}: pip install lowrank-kernels[all]", file=sys.stderr)
+        from .files import pip_install
+
+        print(f"error: the command line needs {' and '.join(missing)}: {pip_install()}", file=sys.stderr)
         print("without them there is: python -m lowrank_kernels doctor", file=sys.stderr)
         sys.exit(2)
 

@@ -270,8 +270,8 @@ def finetune(context: click.Context, **options: Any) -> None:
     table and plots go to --out. Nothing is downloaded.
 
     \b
-    Methods: head, lora-paper, peft-lora, lora, loraplus, deeplora, deeplora-random, deeplora-paper,
-    deeplora-paper-random, deeplora-full, randlora
+    Methods: head, lora-paper, peft-lora, peft-lora-head, lora, loraplus, deeplora, deeplora-random,
+    deeplora-paper, deeplora-paper-random, deeplora-full, randlora
 
     \b
     lowrank-kernels finetune stsb/ --task stsb --samples 1024 --seeds 2 -o out \\

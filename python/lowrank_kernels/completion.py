@@ -1,7 +1,7 @@
 """Matrix completion in scikit-learn's conventions: :class:`DeepMatrixCompletion` for (row, column, value) data.
 
 The model is ``left @ core[L-1] ... core[0] @ right + b_i + c_j + mu``, started by the paper's compression and trained by
-:func:`lowrank_kernels.solver.train`. Needs scikit-learn (``pip install lowrank-kernels[estimators]``).
+:func:`lowrank_kernels.solver.train`. Needs scikit-learn (the extra ``[estimators]``).
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def _versions() -> Iterator[Line]:
 
     from . import __file__ as package_file
     from . import __version__
+    from .files import pip_install
 
     yield Line("versions", "lowrank_kernels", __version__, os.path.dirname(package_file or ""))
     yield Line("versions", "python", platform.python_version(), sys.executable)
@@ -68,7 +69,7 @@ def _versions() -> Iterator[Line]:
         try:
             yield Line("versions", name, importlib.metadata.version(name), purpose)
         except importlib.metadata.PackageNotFoundError:
-            yield Line("versions", name, "not installed", f"{purpose}: pip install lowrank-kernels[{extra}]")
+            yield Line("versions", name, "not installed", f"{purpose}: {pip_install(extra)}")
 
 
 def _native_module() -> Iterator[Line]:

