@@ -199,6 +199,69 @@ def test_modules_trained_in_full_come_along(tmp_path):
     refuse(smaller, tmp_path / "a.safetensors", "'block.down', which was trained in full, is not there or has other shapes")
 
 
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        return self.inner(ids)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
+def test_a_wrapped_model_gives_the_file_of_the_plain_one(tmp_path, wrap):
+    model = Host()
+    adapt(model, 2, target_modules=["block.up"], modules_to_train=["block.down"], init_scale=0.5)
+    save_adapter(model, tmp_path / "plain.safetensors")
+    save_adapter(wrap(model), tmp_path / "wrapped.safetensors")
+    assert (tmp_path / "wrapped.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    assert list(export_lora(wrap(model), tmp_path / "lora")) == ["block.up"]
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"] == ["block.down"]
+    other = Host()
+    assert load_adapter(wrap(other), tmp_path / "plain.safetensors").trained == ("block.down",)
+    assert torch.equal(other(IDS), model(IDS))
+
+
+def test_a_part_that_was_adapted_is_saved_with_the_whole(tmp_path):
+    model, other = Outer(Host()), Outer(Host())
+    adapt(model.inner, 2, target_modules=["block.up"], modules_to_train=["block.down"], init_scale=0.5)
+    with torch.no_grad():
+        model.inner.block["down"].weight.mul_(3)
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert load_adapter(other, tmp_path / "a.safetensors").trained == ("inner.block.down",)
+    assert torch.equal(other(IDS), model(IDS))
+    adapt(model, 2, target_modules=["inner.first"], adapter="second")
+    assert model.inner.block["down"].weight.requires_grad  # still
+
+
+def test_a_loaded_module_trained_in_full_is_saved_again(tmp_path):
+    model, other = Host(), Host()
+    adapt(model, 2, target_modules=["block.up"], modules_to_train=["block.down"])
+    with torch.no_grad():
+        model.block["down"].weight.mul_(3)
+    save_adapter(model, tmp_path / "a.safetensors")
+    adapt(other, 2, target_modules=["block.up"])
+    load_adapter(other, tmp_path / "a.safetensors")
+    assert other.block["down"].weight.requires_grad
+    save_adapter(other, tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    whole = Host()
+    adapt(whole, 2, target_modules=["block.down"], modules_to_train=["block.up"], adapter="b")
+    refuse(whole, tmp_path / "a.safetensors", r"'block.up' is trained in full here \(modules_to_train\)")
+
+
+def test_a_module_trained_in_full_that_overflows_is_refused(tmp_path):
+    model = Host()
+    adapt(model, 2, target_modules=["block.up"], modules_to_train=["block.down"])
+    save_adapter(model, tmp_path / "a.safetensors")
+    other = Host().half()
+    assert load_adapter(other, tmp_path / "a.safetensors").rounded == ("block.down",)  # float32 adapters fit float16 layers
+    with torch.no_grad():
+        model.block["down"].weight[0, 0] = 1e6
+    save_adapter(model, tmp_path / "b.safetensors")
+    refuse(Host().half(), tmp_path / "b.safetensors", r"block.down.weight overflows in torch.float16, its dtype in the model")
+
+
 def test_buffers_of_a_trained_module_come_along(tmp_path):
     model, other = (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(2))
     other[0].load_state_dict(model[0].state_dict())
@@ -562,6 +625,17 @@ def test_peft_runs_every_host(tmp_path):
     assert tensors["base_model.model.second.lora_B.weight"].shape == (4, 3, 1, 1)
     assert tensors["base_model.model.first.lora_B.weight"].shape == (6, 4, 1)
     assert tensors["base_model.model.embed.lora_embedding_A"].shape == (3, 11)
+
+
+def test_a_name_that_peft_would_take_for_a_trained_module_is_refused(tmp_path):
+    """As of DistilBERT, whose classifier is trained in full, and whose pre_classifier is adapted."""
+    model = nn.Sequential()
+    model.pre_up, model.up = nn.Linear(4, 4), nn.Linear(4, 2)
+    adapt(model, 2, target_modules=["pre_up"], modules_to_train=["up"])
+    with pytest.raises(ValueError, match=r"PEFT would take the adapted layer 'pre_up' for 'up'.*exclude_modules=\['pre_up'\]"):
+        export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    assert list(export_lora(model)) == ["pre_up"]
 
 
 def test_peft_adapts_the_named_layer_only(tmp_path):

@@ -463,6 +463,32 @@ def test_one_method_per_layer():
     assert set(report.adapted) == {"blocks.0.value", "blocks.1.value", "blocks.2.value", "head.1"}
 
 
+def test_running_out_of_memory_while_merging_leaves_the_model_as_it_was(monkeypatch):
+    model = Model()
+    lrk.adapt(model, 2, target_modules=["query"], init_scale=0.5)
+    before, merge, calls = snapshot(model), DeepLoRALinear.merge, []
+
+    def failing(layer, names=None):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return merge(layer, names)
+
+    monkeypatch.setattr(DeepLoRALinear, "merge", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        lrk.merge_and_unload(model)
+    assert len(calls) == 2
+    assert_same(model, before)
+    assert not any(layer.merged for layer in lrk.adapter_layers(model).values())
+
+
+def test_a_model_that_accelerate_offloads_is_refused():
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate, which transformers brings")
+    model = accelerate.cpu_offload(Model(), "cpu")
+    with pytest.raises(ValueError, match=r"adapt: accelerate keeps the weights of \d+ modules, such as \S+, elsewhere"):
+        lrk.adapt(model, 2, target_modules=["query"])
+
+
 @pytest.mark.parametrize("function", ["unadapt", "merge_and_unload", "set_adapter", "delete_adapter", "disabled"])
 def test_functions_of_adapted_models_refuse_others(function):
     model = Model()

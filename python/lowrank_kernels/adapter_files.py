@@ -28,14 +28,26 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .adapters import adapter_layers, check_free, first_names, install, matrix_shape, trained_modules, unsupported
+from .adapters import (
+    adapter_layers,
+    check_free,
+    first_names,
+    install,
+    matrix_shape,
+    refuse_peft,
+    train_in_full,
+    trained_modules,
+    unsupported,
+    within,
+)
 from .files import InputError, OutputError, PathLike, check_output, read_head, write_atomically
 from .nn import AdapterInfo, AdapterLayer, Factors
 from .ops.three_factor import FACTOR_TYPES
-from .processes import assign, full, gathered, is_sharded, plain_class, sharding_team
+from .processes import assign, full, gathered, is_sharded, plain_class, sharding_team, unwrapped
 from .reference.core import core_product
 
 FORMAT_VERSION = 1
+_PEFT_FILES = "use its save_pretrained() and load_adapter(), or save_pretrained() of lowrank_kernels.integrations.peft"
 _KEY = "lowrank_kernels_adapter"  # the only entry of the metadata: their order is not kept, the same adapter is the same file
 
 
@@ -131,7 +143,8 @@ def export_lora(
 
     Raises:
         ValueError: no such adapter, factors that are not finite, or (with a folder) a layer that PEFT computes otherwise:
-            a dilated or non-zero padded convolution, a shared layer, or the model itself being the layer.
+            a dilated or non-zero padded convolution, a shared layer, the model itself being the layer, or one whose name ends
+            like that of a module trained in full.
         OutputError: the files exist already or cannot be written; none is left half-written.
 
     Note:
@@ -150,10 +163,12 @@ def export_lora(
         >>> torch.allclose(lora.b @ lora.a, model[0].get_delta_weight("default"), atol=1e-15)
         True
     """
+    model = unwrapped(model)
     team = sharding_team(model)
     with team.together():
         adapter, layers = _chosen("export_lora", model, adapter)
         if folder is not None:
+            refuse_peft("export_lora", layers, _PEFT_FILES)
             _check_peft(model, layers)
             weights_path, config_path = Path(folder, "adapter_model.safetensors"), Path(folder, "adapter_config.json")
             if team.rank == 0 and Path(folder).exists():
@@ -222,7 +237,14 @@ def _exact(factors: Factors) -> LoRAFactors:
 
 
 def _check_peft(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
-    """PEFT's convolution takes stride and padding from the base, neither dilation nor padding mode; it adapts one name."""
+    """What PEFT's own layers would compute otherwise, and names that it would take for others."""
+    for whole in trained_modules(model):
+        for name in layers:  # PEFT looks at the ends of names, dots or not
+            if name.endswith(whole):
+                raise ValueError(
+                    f"export_lora: PEFT would take the adapted layer {name!r} for {whole!r}, which is trained in full, by the "
+                    f"end of its name, and refuse to load; adapt with exclude_modules=[{name!r}], or use folder=None"
+                )
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, layer in layers.items():
         base: Any = layer.base_layer
@@ -322,7 +344,8 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
     """Save an adapter, and the modules trained in full beside it, as one ``.safetensors`` file, bit for bit.
 
     Args:
-        model: with adapters; its frozen weights are not saved.
+        model: with adapters; its frozen weights are not saved. Inside ``torch.compile``, ``DistributedDataParallel`` or
+            ``nn.DataParallel`` it gives the same file.
         path: the file; the folder must exist.
         adapter: which one; by default the only one, or the active one.
         overwrite: replace an existing file.
@@ -348,11 +371,13 @@ def save_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
         >>> report.layers, torch.equal(other[0].left["default"], model[0].left["default"])
         (('0',), True)
     """
+    model = unwrapped(model)
     team = sharding_team(model)
     with team.together():
         if team.rank == 0:
             check_output(path, overwrite, (".safetensors",))
         adapter, layers = _chosen("save_adapter", model, adapter)
+        refuse_peft("save_adapter", layers, _PEFT_FILES)
         team.meet(None)
         tensors, described = _trained_tensors("save_adapter", model), {}
         for name, layer in layers.items():
@@ -393,8 +418,10 @@ def load_adapter(model: nn.Module, path: PathLike, *, adapter: str | None = None
         random generator. Of a sharded model every process calls this and keeps its part; the model must have the adapter
         already, from before ``fully_shard``.
     """
+    model = unwrapped(model)
     team = sharding_team(model)
     with team.together():
+        refuse_peft("load_adapter", adapter_layers(model), _PEFT_FILES)
         report, values = _prepared(model, path, adapter)
         team.meet(None)
     for target, value in values:
@@ -416,7 +443,11 @@ def _prepared(model: nn.Module, path: PathLike, adapter: str | None) -> tuple[Lo
     modules = {"": model, **first_names(model)}
     dtypes = {name: _dtype(modules[name], adapter, entry, added) for name, entry in saved.layers.items()}
     try:
-        cast = {name: _cast(name, entry.tensors, dtypes[name]) for name, entry in saved.layers.items()}
+        cast = {
+            name: _cast(name, entry.tensors, dict.fromkeys(entry.tensors, dtypes[name])) for name, entry in saved.layers.items()
+        }
+        trained = {name: model.get_submodule(name).state_dict() for name in saved.trained}
+        cast |= {name: _cast(name, own, {key: trained[name][key].dtype for key in own}) for name, own in saved.trained.items()}
         if added:
             check_free("load_adapter", model, adapter)
             plan = {
@@ -424,15 +455,16 @@ def _prepared(model: nn.Module, path: PathLike, adapter: str | None) -> tuple[Lo
                 for name, (info, _, _) in saved.layers.items()
             }
             install(model, plan, adapter, trained=tuple(saved.trained))
+        else:
+            train_in_full(model, tuple(saved.trained))
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}; nothing was loaded") from error
     layers = adapter_layers(model)
-    targets: dict[str, Mapping[str, Tensor]] = {name: layers[name].adapter_parameters(adapter) for name in cast}
-    targets |= {name: model.get_submodule(name).state_dict() for name in saved.trained}
-    values = [(targets[name][kind], value) for name, own in (cast | saved.trained).items() for kind, value in own.items()]
-    rounded = tuple(
-        name for name, (_, _, tensors) in saved.layers.items() if {t.dtype for t in tensors.values()} != {dtypes[name]}
-    )
+    targets: dict[str, Mapping[str, Tensor]] = {name: layers[name].adapter_parameters(adapter) for name in saved.layers}
+    targets |= trained
+    given = {**{name: entry.tensors for name, entry in saved.layers.items()}, **saved.trained}
+    values = [(targets[name][kind], value) for name, own in cast.items() for kind, value in own.items()]
+    rounded = tuple(name for name, own in cast.items() if any(own[kind].dtype != given[name][kind].dtype for kind in own))
     report = LoadReport(adapter, tuple(saved.layers), added, rounded, tuple(saved.trained), saved.package_version)
     return report, values
 
@@ -530,10 +562,13 @@ def _misfits(model: nn.Module, saved: _Saved, adapter: str, added: bool) -> Iter
     """Every reason why the file does not fit the model."""
     layers = adapter_layers(model)
     modules = {**first_names(model), **layers}
+    whole = trained_modules(model)
     for name, (info, place, _) in saved.layers.items():
         module, layer = modules.get(name), layers.get(name)
         if module is None:
             yield f"there is no layer {name!r}"
+        elif added and within(name, whole):
+            yield f"{name!r} is trained in full here (modules_to_train)"
         elif added and any(map(is_sharded, module.parameters())):
             yield f"{name!r} is sharded; load the adapter before fully_shard()"
         elif added and (reason := unsupported(module, info.method)):
@@ -576,11 +611,11 @@ def _dtype(module: nn.Module, adapter: str, saved: _SavedLayer, added: bool) -> 
     return stored if stored in allowed else allowed[-1]
 
 
-def _cast(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    cast = {kind: value.to(dtype) for kind, value in tensors.items()}
+def _cast(name: str, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    cast = {kind: value.to(dtypes[kind]) for kind, value in tensors.items()}
     for kind, value in cast.items():
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name}.{kind} overflows in {dtype}, the dtype of the model's adapter")
+            raise ValueError(f"{name}.{kind} overflows in {dtypes[kind]}, its dtype in the model")
     return cast
 
 

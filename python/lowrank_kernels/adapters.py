@@ -138,7 +138,7 @@ def adapt(
 
     Raises:
         ValueError: a pattern that matches nothing (with the nearest names), an adapter name already in use, a rank larger
-            than a layer, nothing left to adapt. The model is as it was then.
+            than a layer, nothing left to adapt, a model that PEFT adapted or accelerate offloads. The model is as it was then.
 
     Note:
         Skipped with the reason: quantized and parametrized layers, subclasses of the known ones, tied weights, and those
@@ -175,7 +175,7 @@ def adapt(
     check_free("adapt", model, adapter)
     names = first_names(model)
     trained = _matching("modules_to_train", modules_to_train, model)
-    held = [name for name in names if isinstance(names[name], AdapterLayer) and _within(name, trained)]
+    held = [name for name in names if isinstance(names[name], AdapterLayer) and within(name, trained)]
     if held:
         raise ValueError(f"adapt: modules_to_train holds adapted layers, such as {held[0]}; leave them out or unadapt() first")
     candidates, left_out, refused = _targets(model, method, names, target_modules, exclude_modules, trained)
@@ -251,7 +251,7 @@ def _matching(argument: str, pattern: Pattern, model: nn.Module, only: Iterable[
     return [name for name, module in first_names(model).items() if id(module) in wanted]
 
 
-def _within(name: str, heads: Iterable[str]) -> bool:
+def within(name: str, heads: Iterable[str]) -> bool:
     """Whether it is one of these modules or inside one."""
     return any(f"{name}.".startswith(f"{head}.") for head in heads)
 
@@ -326,9 +326,9 @@ def _targets(
     adapted, left_out, refused = {}, {}, {}
     for name in matched:
         module = names[name]
-        if _within(name, excluded):
+        if within(name, excluded):
             left_out[name] = "excluded (exclude_modules)"
-        elif _within(name, trained):
+        elif within(name, trained):
             left_out[name] = "trained in full (modules_to_train)"
         elif id(module) in outputs:
             left_out[name] = "the output embedding"
@@ -390,8 +390,14 @@ def check_free(function: str, model: nn.Module, adapter: str) -> None:
         raise ValueError(f"{function}: the model is itself an adapted layer; use its add_adapter()")
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise ValueError(f"{function}: the model has lazy layers without parameters yet; call the model once first")
+    offloaded = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook") and _on_meta(module)]
+    if offloaded:
+        raise ValueError(
+            f"{function}: accelerate keeps the weights of {len(offloaded)} modules, such as {offloaded[0]}, elsewhere between "
+            "calls (offloading), where adapters cannot follow; load the model without offloading"
+        )
     layers = adapter_layers(model)
-    _refuse_peft(function, layers)
+    refuse_peft(function, layers)
     taken = [name for name, layer in layers.items() if adapter in layer.adapters]
     if taken:
         raise ValueError(
@@ -403,14 +409,20 @@ def check_free(function: str, model: nn.Module, adapter: str) -> None:
         raise ValueError(f"{function}: adapters are merged in {len(merged)} layers, such as {merged[0]}; unmerge() them first")
 
 
-def _refuse_peft(function: str, layers: Mapping[str, AdapterLayer]) -> None:
+_PEFT_METHODS = (
+    "use the methods of its model: add_adapter(), load_adapter(), set_adapter(), delete_adapter(), unload(), merge_and_unload()"
+)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(parameter is not None and parameter.is_meta for parameter in module._parameters.values())
+
+
+def refuse_peft(function: str, layers: Mapping[str, AdapterLayer], instead: str = _PEFT_METHODS) -> None:
     """PEFT's model keeps a record of the adapters of its layers, so they come and go by its own methods."""
     theirs = [name for name, layer in layers.items() if _is_peft(layer)]
     if theirs:
-        raise ValueError(
-            f"{function}: the adapters of {len(theirs)} layers, such as {theirs[0]}, are PEFT's; use the methods of its model: "
-            "add_adapter(), load_adapter(), set_adapter(), delete_adapter(), unload(), merge_and_unload()"
-        )
+        raise ValueError(f"{function}: the adapters of {len(theirs)} layers, such as {theirs[0]}, are PEFT's; {instead}")
 
 
 def install(
@@ -438,18 +450,26 @@ def install(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
         raise
-    memory: _Memory = model.__dict__.setdefault(_MEMORY, _Memory(original))
-    memory.trained = tuple(dict.fromkeys((*memory.trained, *trained)))
+    model.__dict__.setdefault(_MEMORY, _Memory(original))
     for _, place in list(_places(model)):
         if id(place.module) in made:
             place.parent._modules[place.key] = made[id(place.module)]
     set_adapter(model, adapter)
     layers = adapter_layers(model).values()
     free = {id(p) for layer in layers for name in layer.adapters for p in layer.adapter_parameters(name).values()}
-    whole = {id(parameter) for name in memory.trained for parameter in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
         if id(parameter) not in free:
-            parameter.requires_grad_(id(parameter) in whole and parameter.is_floating_point())
+            parameter.requires_grad_(False)
+    train_in_full(model, trained)
+
+
+def train_in_full(model: nn.Module, names: Sequence[str]) -> None:
+    """Train these modules of an adapted model in full, beside those that are already."""
+    memory: _Memory = model.__dict__.setdefault(_MEMORY, _Memory(_original_flags(model)))
+    memory.trained = tuple(dict.fromkeys((*memory.trained, *names)))
+    for name in trained_modules(model):
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
 
 
 def _original_flags(model: nn.Module) -> dict[str, bool]:
@@ -465,9 +485,12 @@ def _original_flags(model: nn.Module) -> dict[str, bool]:
 
 
 def trained_modules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that are trained in full beside the adapters."""
-    memory: _Memory | None = model.__dict__.get(_MEMORY)
-    return memory.trained if memory else ()
+    """Names of the modules that are trained in full beside the adapters, also where a part of the model was adapted."""
+    found: dict[str, None] = {}
+    for prefix, module in model.named_modules():
+        memory: _Memory | None = module.__dict__.get(_MEMORY)
+        found |= dict.fromkeys(f"{prefix}.{name}".removeprefix(".") for name in (memory.trained if memory else ()))
+    return tuple(found)
 
 
 def report_of(model: nn.Module, adapter: str, skipped: dict[str, str] | None = None) -> AdaptReport:
@@ -510,7 +533,7 @@ def _adapted(function: str, model: nn.Module) -> dict[str, AdapterLayer]:
 def _changeable(function: str, model: nn.Module) -> dict[str, AdapterLayer]:
     """Adapted layers whose adapters are not PEFT's to change."""
     layers = _adapted(function, model)
-    _refuse_peft(function, layers)
+    refuse_peft(function, layers)
     return layers
 
 
@@ -575,13 +598,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             new = [adapter for adapter in layer.active_adapters if adapter not in before[name]]
             if new:
                 layer.merge(new)
-    except ValueError as error:
+    except BaseException as error:  # out of memory too: every layer keeps a copy of its weight
         for other, layer in layers.items():
             if layer.merged_adapters != before[other]:
                 layer.unmerge()
                 if before[other]:
                     layer.merge(before[other])
-        raise ValueError(f"merge_and_unload: {name}: {error}") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"merge_and_unload: {name}: {error}") from error
+        raise
     _put_back(model, layers.values())
     return model
 

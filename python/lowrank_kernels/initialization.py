@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .batches import LossFn, LossOrBatches, batch_losses, checked_loss
 from .compression import LinearOperator, aligned_frames, matched_frames, top_singular_vectors
 from .nn import AdapterInfo, AdapterLayer
-from .processes import Team, agreed, assign, is_sharded, sharding_team, team_of
+from .processes import Team, agreed, assign, is_sharded, sharding_team, team_of, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -153,7 +153,7 @@ def compress_(
     Source: Yaras et al., ICML 2024, arXiv:2406.04112, sections 3 and 4.
     """
     team = team_of("compress_", group)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = unwrapped(model)
     sharded = sharding_team(model).size > 1
     with team.together():
         layers, adapter = _targets(model, adapter)

@@ -157,6 +157,17 @@ def _shards(kind: type) -> bool:
     return hasattr(kind, "reshard") and hasattr(kind, "unshard")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DistributedDataParallel`` and ``nn.DataParallel``, whose names its layers go by."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif (inner := model._modules.get("_orig_mod")) is not None:
+            model = inner
+        else:
+            return model
+
+
 def plain_class(module: nn.Module) -> type:
     """The class of a module as it was before ``fully_shard``."""
     return next(kind for kind in type(module).__mro__ if not _shards(kind))
