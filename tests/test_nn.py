@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import sys
 
 import pytest
 import torch
@@ -517,6 +518,49 @@ def test_embedding_keeps_the_padding_row_out_of_training():
     layer(torch.tensor([1, 3, 3, 5])).sum().backward()
     touched = layer.right["default"].grad.abs().sum(0).nonzero().flatten()
     assert touched.tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_embedding_leaves_the_padding_row_as_it_is(method):
+    base = nn.Embedding(10, 6, padding_idx=3).double()
+    layer = wrap(base, method, rank=2)
+    shake(layer, "default", 1)
+    ids = torch.tensor([[1, 3], [3, 5]])
+    assert torch.equal(layer(ids)[ids == 3], base(ids)[ids == 3])
+    assert not torch.equal(layer(ids)[ids != 3], base(ids)[ids != 3])
+    wanted = layer(ids).detach()
+    assert layer.get_delta_weight("default")[3].abs().max() == 0
+    assert layer.factors("default").right[:, 3].abs().max() == 0
+    layer.merge()
+    torch.testing.assert_close(layer(ids), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_layer_computes_the_same(method, grad):
+    layer = wrap(nn.Linear(9, 14), method)
+    shake(layer, "default", 1)
+    x, other = torch.randn(2, 5, 9, generator=generator())
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replica_of_data_parallel_computes_the_same(name, method, monkeypatch):
+    base, x, _ = host(name)
+    layer = wrap(base, method)
+    shake(layer, "default", 1)
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.clone() for tensor in tensors] for _ in devices]  # what NCCL would do
+
+    module = sys.modules["torch.nn.parallel.replicate"]  # the function of that name hides it
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
+    for replica in module.replicate(layer, [0, 1]):
+        torch.testing.assert_close(replica(x), layer(x), rtol=0, atol=1e-12)
 
 
 def test_embedding_with_sparse_gradients_has_dense_adapters():

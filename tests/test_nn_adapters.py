@@ -469,6 +469,20 @@ def test_state_dict_round_trip(name, method):
         assert torch.equal(layer(x), other(x))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_values_may_be_assigned(method):
+    """As of a model that is made on the meta device, or takes its dtype from the file."""
+    layer = make(method=method)
+    with torch.device("meta"):
+        other = make(method=method)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(3, 9, generator=generator())
+    assert torch.equal(other(x), layer(x))
+    wide = {name: value.double() for name, value in layer.state_dict().items()}
+    other.load_state_dict(wide, assign=True)
+    torch.testing.assert_close(other(x.double()).float(), layer(x))
+
+
 def test_state_dict_of_a_merged_layer_holds_no_adapter_twice():
     model, other = nn.Sequential(nn.Linear(9, 9), make()), nn.Sequential(nn.Linear(9, 9), make())
     wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}

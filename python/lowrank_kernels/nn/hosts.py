@@ -85,7 +85,10 @@ def _from_inner(z: Tensor, factors: Factors) -> Tensor:
 
 
 class Embedding(AdapterLayer):
-    """``nn.Embedding``, weight ``(num_embeddings, embedding_dim)``; ids are one-hot rows, dropout drops whole ids."""
+    """``nn.Embedding``, weight ``(num_embeddings, embedding_dim)``; ids are one-hot rows, dropout drops whole ids.
+
+    The row of ``padding_idx`` stays as it is.
+    """
 
     _base_class = nn.Embedding
     _mirrored = ("num_embeddings", "embedding_dim", "padding_idx")
@@ -109,12 +112,21 @@ class Embedding(AdapterLayer):
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.t()
 
+    def factors(self, name: str) -> Factors:
+        factors, padding = super().factors(name), self.base_layer.padding_idx
+        if padding is None:
+            return factors
+        column = torch.tensor([padding], device=factors.right.device)
+        return factors._replace(right=factors.right.index_fill(1, column, 0.0))
+
     def _run(self, ids: Tensor, running: tuple[str, ...]) -> Tensor:
         base: Any = self.base_layer
         y = base(ids)
         for name in running:
-            factors = self.factors(name)
+            factors = super().factors(name)  # without a copy of right
             z = F.embedding(ids, factors.right.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq).to(y.dtype)
+            if base.padding_idx is not None:
+                z = z.masked_fill((ids == base.padding_idx).unsqueeze(-1), 0.0)
             p = self._dropout(name)
             z = z * F.dropout(z.new_ones(*ids.shape, 1), p) if p else z
             y = y + _from_inner(z, factors).to(y.dtype)

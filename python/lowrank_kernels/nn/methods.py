@@ -119,6 +119,7 @@ class RandLoRA(AdapterLayer):
     def __init__(self, base_layer: nn.Module, *args: Any, **options: Any) -> None:
         self._bases: dict[str, tuple[Tensor, Tensor]] = {}  # no buffers: layers of one shape share them, a seed says all
         super().__init__(base_layer, *args, **options)
+        self.register_load_state_dict_post_hook(_follow)
 
     def add_adapter(
         self,
@@ -151,6 +152,9 @@ class RandLoRA(AdapterLayer):
     def factors(self, name: str) -> Factors:
         """``left`` and ``right`` with the diagonals folded into that of the smaller side, differentiable in them."""
         info, (outer, inner) = self._info(name), self._bases[name]
+        device = self.lambdas[name].device
+        if outer.device != device:  # a replica of nn.DataParallel
+            outer, inner = outer.to(device), inner.to(device)
         scaled = (self.lambdas[name].t().unsqueeze(-1) * inner * self.gammas[name].unsqueeze(1)).flatten(0, 1)
         out_features, in_features = self.matrix_shape
         left, right = (outer, scaled) if out_features >= in_features else (scaled.t(), outer)
@@ -168,9 +172,14 @@ class RandLoRA(AdapterLayer):
     def _apply(self, fn: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
         """Moved or cast: the basis follows, still shared."""
         result = super()._apply(fn, *args, **keywords)
-        for name in self._bases:
-            self._find_basis(name)
+        _follow(self)
         return result
+
+
+def _follow(layer: RandLoRA, _: Any = None) -> None:
+    """The bases as the parameters are now; those may have been replaced by ``load_state_dict(assign=True)``."""
+    for name in layer._bases:
+        layer._find_basis(name)
 
 
 _shared: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()

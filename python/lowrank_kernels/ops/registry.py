@@ -35,7 +35,7 @@ _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stac
 
 def eager(*tensors: torch.Tensor) -> bool:
     """True where a kernel may be called without the dispatcher (20 us a call): plain tensors, nothing traces or intercepts."""
-    if torch.compiler.is_compiling() or _dispatch_modes():
+    if torch.compiler.is_compiling() or _dispatch_modes() or torch._C._is_tracing():
         return False
     return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
 
