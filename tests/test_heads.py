@@ -121,6 +121,35 @@ def test_an_error_in_the_middle_takes_the_steps_back():
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
+def test_running_statistics_of_the_head_are_taken_back_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3)))
+    lrk.adapt(model, 2, target_modules=["0"], modules_to_train=["1"])
+    before, seen = state(model), []
+
+    def failing(model, batch):
+        seen.append(batch)
+        return loss_fn(model, batch) * (float("nan") if len(seen) == 3 else 1.0)
+
+    with pytest.raises(ValueError, match="fit_head: the loss must be finite"):
+        lrk.fit_head(model, batches(), loss_fn=failing)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+    lrk.fit_head(model, batches(), loss_fn=loss_fn)
+    assert int(model[1][0].num_batches_tracked) == 3
+
+
+def test_a_head_that_its_last_step_spoils_is_as_before():
+    """Adam's epsilon is zero in float16, where an input is always zero it divides zero by zero."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).half()
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0.0, -1.0
+    lrk.adapt(model, 2, target_modules=["0"], modules_to_train=["2"])
+    before = state(model)
+    with pytest.raises(ValueError, match=r"the head is not finite after step 1; lower lr, or keep the head in float32"):
+        lrk.fit_head(model, lambda: model(torch.ones(4, 6).half()).float().square().mean(), steps=1)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
 def test_models_without_adapters_or_head_are_refused():
     with pytest.raises(ValueError, match="the model has no adapters; call"):
         lrk.fit_head(nn.Linear(2, 2), batches(), loss_fn=loss_fn)

@@ -8,14 +8,15 @@ first asks for what the task needs, and :func:`~lowrank_kernels.compress_` then 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapter_layers, disabled
+from .adapters import adapter_layers, disabled, trained_modules
 from .batches import LossFn, LossOrBatches, batch_losses, checked_loss
-from .processes import Team, agreed, is_sharded, sharding_team, team_of
+from .processes import Team, agreed, is_sharded, sharding_team, team_of, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,8 +51,9 @@ def fit_head(
 
     Raises:
         ValueError: no adapters, nothing that is trained beside them, ``steps`` or ``lr`` out of range, batches that end before
-            the steps do, a loss that is no finite scalar or does not depend on the head; processes with unequal numbers of
-            batches. The head is as it was then, in every process.
+            the steps do, a loss that is no finite scalar or does not depend on the head, a head that is not finite after the
+            last step; processes with unequal numbers of batches. The head and its buffers are as they were then, in every
+            process.
         TypeError: batches of the wrong kind.
 
     Note:
@@ -71,7 +73,7 @@ def fit_head(
     Source: Kumar et al., ICLR 2022, arXiv:2202.10054, section 3.4 (linear probing, then fine-tuning).
     """
     team = team_of("fit_head", group)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    wrapper, model = model, unwrapped(model)
     with team.together():
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"fit_head: steps must be an integer of at least 1, got {steps!r}")
@@ -80,18 +82,26 @@ def fit_head(
         head = _head(model)
         agreed(team, "fit_head", {"steps": steps, "lr": lr, "head": [tuple(parameter.shape) for parameter in head]})
     sharding_team(model)
-    before = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in head]
+    before = [(tensor, tensor.detach().clone()) for tensor in (*head, *_head_buffers(model, head))]
+    gradients = [parameter.grad for parameter in head]
     optimizer = torch.optim.AdamW(head, lr, weight_decay=0.0)
     try:
-        with disabled(model), torch.enable_grad():
+        with ExitStack() as stack:
+            for module in wrapper.modules():
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(
+                        module.no_sync()
+                    )  # it would wait for the adapters' gradients; the head's are averaged here
+            stack.enter_context(disabled(model))
+            stack.enter_context(torch.enable_grad())
             return _train(model, optimizer, head, loss_or_batches, loss_fn, steps, team)
     except BaseException:
         with torch.no_grad():
-            for parameter, value, _ in before:
-                parameter.copy_(value)
+            for tensor, value in before:
+                tensor.copy_(value)
         raise
     finally:
-        for parameter, _, gradient in before:
+        for parameter, gradient in zip(head, gradients, strict=True):
             parameter.grad = gradient
 
 
@@ -113,6 +123,14 @@ def _head(model: nn.Module) -> list[nn.Parameter]:
             "fit_head out: a model without a new head does not need it"
         )
     return head
+
+
+def _head_buffers(model: nn.Module, head: list[nn.Parameter]) -> list[Tensor]:
+    """Such as the running statistics of its normalization."""
+    own = {id(parameter) for parameter in head}
+    parts = [module for module in model.modules() if any(id(parameter) in own for parameter in module._parameters.values())]
+    parts += [model.get_submodule(name) for name in trained_modules(model)]
+    return list({id(buffer): buffer for part in parts for buffer in part.buffers()}.values())
 
 
 def _train(
@@ -156,7 +174,16 @@ def _train(
             optimizer.step()
     if not losses:
         raise ValueError("fit_head: loss_or_batches gave no batches, at least one is needed; an exhausted iterator?")
+    with team.together():
+        if not all(bool(torch.isfinite(_local(parameter)).all()) for parameter in head):
+            raise ValueError(
+                f"fit_head: the head is not finite after step {len(losses)}; lower lr, or keep the head in float32"
+            )
     return losses
+
+
+def _local(parameter: Any) -> Tensor:
+    return parameter.to_local() if is_sharded(parameter) else parameter
 
 
 def _average(parameter: Tensor, team: Team) -> None:
