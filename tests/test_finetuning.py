@@ -573,6 +573,11 @@ def test_bad_task_files_are_refused_with_the_line(tmp_path, model_folder):
     )
     assert "at least two classes" in given("a,b\nx,1\ny,1\n", *named, name="c.csv")
     assert "line 2: no column 'b'" in given('{"a": "x", "b": 1}\n{"a": "x"}\n', *named, name="a.jsonl")
+    assert "line 2, column 'b': a class was wanted" in given(
+        '{"a": "x", "b": 1}\n{"a": "x", "b": NaN}\n', *named, name="n.jsonl"
+    )
+    assert "no line holds an example" in given("\n \n", *named, name="e.jsonl")
+    assert "no line holds an example" in given(",,\n,,\n", *named, name="e.csv")
     assert "line 2: a JSON object was wanted" in given('{"a": "x", "b": 1}\n[1]\n', *named, name="b.jsonl")
     assert "no such file" in refused(tmp_path / "none.csv", *named, "--model", model_folder, "-o", tmp_path / "out")
     (tmp_path / "dev.csv").write_text("a,b\nx,3\n")

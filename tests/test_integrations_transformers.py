@@ -311,6 +311,19 @@ def test_rank_reports(tmp_path):
     assert logged[4]["update_ratio_max"] == max(row.ratio for row in callback.reports[4].layers)
 
 
+def test_rank_reports_of_a_second_training_are_its_own(tmp_path):
+    model, path = adapted(), tmp_path / "ranks.json"
+    callback = RankReportCallback(every=100, path=path, overwrite=True)
+    for _ in range(2):
+        trainer = trainer_of(model, arguments(tmp_path, max_steps=3))
+        trainer.add_callback(callback)
+        trainer.train()
+        assert list(callback.reports) == [3]
+        assert str(callback.reports[3]) == str(lrk.rank_report(model))
+        row = json.loads(path.read_text())[0]["layers"][0]
+        assert row["norm"] == pytest.approx(callback.reports[3].layers[0].norm)
+
+
 def test_rank_reports_go_on_in_a_resumed_training(tmp_path):
     path, options = tmp_path / "ranks.json", {"save_strategy": "steps", "save_steps": 3}
     trainer = trainer_of(adapted(), arguments(tmp_path, **options))

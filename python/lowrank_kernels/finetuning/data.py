@@ -169,7 +169,8 @@ def _score(path: PathLike, unit: str, place: int, layout: Layout, label: Any) ->
 
 
 def _class(path: PathLike, unit: str, place: int, layout: Layout, label: Any) -> str:
-    word = str(label).strip() if isinstance(label, str | int | float) else ""
+    missing = isinstance(label, float) and not math.isfinite(label)
+    word = str(label).strip() if isinstance(label, str | int | float) and not missing else ""
     if not word:
         raise InputError(f"{path}: {unit} {place}, {_column(layout.label)}: a class was wanted, got an empty cell")
     return word
@@ -200,6 +201,8 @@ def _open(path: PathLike, layouts: Sequence[Layout]) -> tuple[Layout, Iterator[R
         return layout, ((row + 1, cells[:-1], cells[-1]) for row, cells in enumerate(zip(*columns, strict=True))), "row"
     if suffix in (".jsonl", ".ndjson"):
         objects = list(_json_lines(path))
+        if not objects:
+            raise InputError(f"{path}: no line holds an example")
         layout = _fitting(path, layouts, list(objects[0][1]))
         return layout, _from_objects(path, layout, objects), "line"
     return _open_delimited(path, layouts)
@@ -249,7 +252,9 @@ def _open_delimited(path: PathLike, layouts: Sequence[Layout]) -> tuple[Layout, 
             raise InputError(f"{path}: line {reader.line_num}: {error}") from error
 
     rows = lines()
-    first_line, first = next(rows)
+    first_line, first = next(rows, (0, []))
+    if not first:
+        raise InputError(f"{path}: no line holds an example")
     names = [cell.strip() for cell in first]
     fits = next((one for one in layouts if not one.numbered and {*one.text, one.label} <= set(names)), None)
     layout = fits or next((one for one in layouts if one.numbered), None)

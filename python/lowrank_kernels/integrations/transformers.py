@@ -147,6 +147,7 @@ class RankReportCallback(TrainerCallback):
     ) -> None:
         rank_report(model, **self.options)  # refuses what it cannot report on before the long work
         self._written = []
+        self.reports = {step: report for step, report in self.reports.items() if step <= state.global_step}  # of this training
         if self.path is None or not state.is_world_process_zero:
             return
         if state.global_step == 0:
