@@ -308,6 +308,21 @@ def test_data_frames():
         quick().fit(Frame(names, names, names), y)
 
 
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_columns_of_a_frame_in_another_order_are_refused(library, tmp_path):
+    pairs, y, _ = table()
+    frame = pytest.importorskip(library, reason=f"needs {library}").DataFrame({"user": pairs[:, 0], "item": pairs[:, 1]})
+    model = quick().fit(frame, y)
+    assert list(model.feature_names_in_) == ["user", "item"]
+    model.save(tmp_path / "m.npz")
+    for each in (model, DeepMatrixCompletion.load(tmp_path / "m.npz")):
+        assert np.array_equal(each.predict(frame), each.predict(pairs))
+        for call in (each.predict, lambda given, each=each: each.partial_fit(given, y)):
+            with pytest.raises(ValueError, match="the columns must be user, item as in fit, got item, user; choose them"):
+                call(frame[["item", "user"]])
+    assert not hasattr(model.fit(pairs, y), "feature_names_in_")
+
+
 def test_unseen_rows_and_columns_are_predicted_from_the_biases(fitted):
     model, pairs, _, _ = fitted
     i, j = pairs[0]
@@ -443,6 +458,25 @@ def test_warm_start_continues():
 
 
 # ---------------------------------------------------------------------- endings and progress
+
+
+def test_warm_start_without_biases_has_none():
+    pairs, y, _ = table()
+    model = quick(warm_start=True).fit(pairs, y + 50.0 * pairs[:, 0])
+    assert abs(model.row_bias_).max() > 10
+    model.set_params(fit_bias=False).fit(pairs, y)
+    assert abs(model.row_bias_).max() == abs(model.col_bias_).max() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"regularization": (0.1, 0.02)}], ids=["auto", "early_stopping"])
+def test_torchs_defaults_do_not_matter(options):
+    """As with torch.set_default_device("cuda"): what is drawn on the CPU, by a seed, stays there."""
+    pairs, y, _ = table()
+    wanted = quick(**options).fit(pairs, y).predict(pairs)
+    with torch.device("meta"):
+        assert np.array_equal(quick(**options).fit(pairs, y).predict(pairs), wanted)
+    torch.set_default_dtype(torch.float64)  # conftest restores
+    assert np.array_equal(quick(**options).fit(pairs, y).predict(pairs), wanted)
 
 
 def test_early_stopping_holds_entries_out():
@@ -650,6 +684,12 @@ def test_a_refused_call_leaves_a_fitted_model_as_it_was(method, pairs, y, wanted
         getattr(model, method)(pairs, y)
     assert vars(model).keys() == state.keys()
     assert np.array_equal(model.predict(PAIRS), before)
+
+
+def test_missing_dates_are_no_labels():
+    dates = np.array(["2026-01-01", "NaT", "2026-01-03"], dtype="datetime64[D]")
+    with pytest.raises(ValueError, match=r"row labels must not be missing, NaN or infinite, got NaT at position 1"):
+        quick().fit((dates, np.arange(3)), np.arange(3.0))
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,14 @@ def test_to_scipy_and_back() -> None:
     assert torch.equal(dense(again).nan_to_num(-1), dense(entries).nan_to_num(-1))
 
 
+def test_masked_cells_are_missing() -> None:
+    matrix = np.ma.masked_equal([[1.0, -99.0, 3.0], [4.0, 5.0, -99.0]], -99.0)
+    entries = ObservedEntries.from_dense(matrix)
+    row, col, values, _ = entries.coo()
+    assert [row.tolist(), col.tolist(), values.tolist()] == [[0, 0, 1, 1], [0, 2, 0, 1], [1.0, 3.0, 4.0, 5.0]]
+    assert len(ObservedEntries.from_dense(np.ma.array([[1.0, 2.0]]))) == 2  # nothing masked
+
+
 def test_from_dense_with_nan() -> None:
     matrix = dense(small())
     for given in (matrix, matrix.numpy(), matrix.t().contiguous().t(), matrix.double()):

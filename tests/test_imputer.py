@@ -102,6 +102,18 @@ def test_data_frames_keep_their_names(library, tmp_path):
 # ---------------------------------------------------------------------- values
 
 
+@pytest.mark.parametrize("library", [None, "pandas", "polars"])
+def test_a_placeholder_is_what_the_dtype_makes_of_it(library):
+    """float32 has no -999.9."""
+    table = np.where(np.isnan(HOLES), -999.9, HOLES)
+    given = table.astype(np.float32)
+    if library is not None:  # a column of float64 beside them
+        columns = {name: table[:, j].astype(np.float32 if j else np.float64) for j, name in enumerate("abcdef")}
+        given = pytest.importorskip(library, reason=f"needs {library}").DataFrame(columns)
+    filled = np.asarray(quick(missing_values=-999.9).fit_transform(given))
+    assert filled.min() > -100
+
+
 def test_it_beats_column_means_on_a_nonlinear_table_and_products_help():
     means = np.where(np.isnan(HOLES), np.nanmean(HOLES, 0), HOLES)
     ours, linear = (LowRankImputer(degree=degree, random_state=0).fit_transform(HOLES) for degree in ("auto", 1))

@@ -19,7 +19,7 @@ import workers
 
 pytest.importorskip("sklearn", reason="the estimators need scikit-learn")
 
-from lowrank_kernels import DeepMatrixCompletion, ObservedEntries, compress, masked_gradient, solver
+from lowrank_kernels import DeepMatrixCompletion, ObservedEntries, checkpoints, compress, masked_gradient, solver
 from lowrank_kernels.checkpoints import Checkpoints, fingerprint
 from lowrank_kernels.files import InputError
 from lowrank_kernels.processes import Team, team_of
@@ -431,6 +431,49 @@ def test_a_step_that_was_not_finished_does_not_count(tmp_path):
         Checkpoints(tmp_path, RowShard(Team(), 0, 4, 4), {"a": 1}, every=10).load({}, {})
 
 
+def test_a_fingerprint_knows_values_and_weights():
+    row, col, values, _ = problem()
+    shard = RowShard(Team(), 0, ROWS, ROWS)
+
+    def of(values, weights=None):
+        return fingerprint(ObservedEntries.from_coo(row, col, values, shape=(ROWS, COLUMNS), weights=weights), shard)
+
+    swapped, halves, weights = values.copy(), values.copy(), np.linspace(0.5, 1.5, len(values))
+    swapped[[3, 40]] = swapped[[40, 3]]
+    halves[7] += 0.5
+    plain, weighted = of(values), of(values, weights)
+    for other in (of(swapped), of(halves), of(values[::-1])):
+        assert abs(other["values"] - plain["values"]) > 10 * checkpoints.ROUNDING
+        assert other["entries"] == plain["entries"]
+    assert plain["weights"] is None
+    assert abs(weighted["weights"] - of(values, weights[::-1])["weights"]) > 10 * checkpoints.ROUNDING
+    assert weighted["values"] == plain["values"]
+
+
+@pytest.mark.parametrize("change", ["values", "weights", "weighted"])
+def test_a_checkpoint_of_other_values_is_refused(tmp_path, change):
+    row, col, values, _ = problem()
+    weights = np.linspace(0.5, 1.5, len(values)) if change == "weights" else None
+    model = DeepMatrixCompletion(**SETTINGS, checkpoint=tmp_path / "state").fit((row, col), values, weights)
+    before = model.predict((row, col))
+    if change == "values":
+        values = values[np.random.default_rng(0).permutation(len(values))]
+    else:
+        weights = np.linspace(1.5, 0.5, len(values))
+    with pytest.raises(InputError, match=f"was made with {'values' if change == 'values' else '(mean|weights)'} = "):
+        model.fit((row, col), values, weights)
+    assert np.array_equal(model.predict((row, col)), before)
+
+
+def test_numpy_numbers_are_fine_settings_of_a_checkpoint(tmp_path):
+    row, col, values, _ = problem()
+    numbers = {"depth": np.int64(2), "learning_rate": np.float64(0.03), "fit_bias": np.bool_(True)}
+    first = DeepMatrixCompletion(**{**SETTINGS, **numbers}, checkpoint=tmp_path).fit((row, col), values)
+    plain = {name: value.item() for name, value in numbers.items()}
+    again = DeepMatrixCompletion(**{**SETTINGS, **plain}, checkpoint=tmp_path).fit((row, col), values)
+    assert np.array_equal(first.left_, again.left_)
+
+
 def test_a_fingerprint_knows_the_places_and_not_the_order():
     row, col, values, _ = problem()
     whole = ObservedEntries.from_coo(row, col, values, shape=(ROWS, COLUMNS))
@@ -438,7 +481,9 @@ def test_a_fingerprint_knows_the_places_and_not_the_order():
     moved = ObservedEntries.from_coo(row, (col + 1) % COLUMNS, values, shape=(ROWS, COLUMNS))
     order = np.random.default_rng(1).permutation(len(row))
     shuffled = ObservedEntries.from_coo(row[order], col[order], values[order], shape=(ROWS, COLUMNS))
-    assert fingerprint(whole, shard) == fingerprint(shuffled, shard) != fingerprint(moved, shard)
+    found = [fingerprint(entries, shard) for entries in (whole, shuffled, moved)]
+    assert found[0] == found[1]
+    assert found[0]["entries"] != found[2]["entries"]
 
 
 DYING = """

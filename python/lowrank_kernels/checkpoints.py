@@ -28,6 +28,7 @@ FORMAT = "lowrank_kernels.checkpoint/1"
 MANIFEST = "manifest.json"
 KEPT = 2
 ROWS_AT_ONCE = 1 << 16
+ROUNDING = 1e-3  # of the numbers of a fingerprint; a value or weight is of the order of one
 ALL_ROWS = "shared.safetensors"
 
 
@@ -51,7 +52,7 @@ class Checkpoints:
         if every < 1 or every % 10:
             raise ValueError(f"checkpoint_every must be a multiple of 10, the steps between checks, got {every}")
         self.folder, self.shard, self.every = Path(folder), shard, every
-        self.identity = json.loads(json.dumps(identity))  # as it will be read
+        self.identity = json.loads(json.dumps(identity, default=lambda value: value.item()))  # as it will be read; of numpy too
         agreed(shard.team, "checkpoint", {"folder": os.path.abspath(folder), **self.identity})
         with shard.team.together():
             if shard.team.rank == 0:
@@ -136,7 +137,7 @@ class Checkpoints:
     def _check(self, folder: Path, manifest: dict[str, Any]) -> None:
         had = manifest["identity"]
         for name in sorted({*had, *self.identity}):
-            if had.get(name) != self.identity.get(name):
+            if not _same(name, had.get(name), self.identity.get(name)):
                 raise InputError(
                     f"{folder}: was made with {name} = {had.get(name)!r}, this training has {self.identity.get(name)!r}; "
                     "use the same data and settings to go on, or another folder to begin anew"
@@ -150,20 +151,37 @@ class Checkpoints:
             edge = start + count
 
 
-def fingerprint(entries: ObservedEntries, shard: RowShard) -> str:
-    """Which entries a training has, whatever process holds them: their number and a sum over hashes of their places."""
-    total = torch.zeros((), dtype=torch.int64)
-    offsets, places = entries.by_row.offsets.cpu(), entries.by_row.indices
+def fingerprint(entries: ObservedEntries, shard: RowShard) -> dict[str, Any]:
+    """What data a training has, whatever process holds it.
+
+    Of the places their number and a sum over their hashes; of the standardized values, and of the weights, the product with
+    these hashes as numbers from -1 to 1: other values, or the same ones at other places, have another one. Numbers of
+    processes differ in the rounding of mean and scale, which moves it by far less than :data:`ROUNDING`.
+    """
+    total, sums = torch.zeros((), dtype=torch.int64, device="cpu"), [0.0, 0.0]
+    offsets, side = entries.by_row.offsets.cpu(), entries.by_row
     for begin in range(0, entries.shape[0], ROWS_AT_ONCE):
         end = min(begin + ROWS_AT_ONCE, entries.shape[0])
-        counts = offsets[begin : end + 1].diff()
-        row = torch.repeat_interleave(torch.arange(begin, end) + shard.start, counts)
-        mixed = row * 0x9E3779B97F4A7C1 + places[offsets[begin] : offsets[end]].cpu() * 0x2545F4914F6CDD1D
+        counts, here = offsets[begin : end + 1].diff(), slice(int(offsets[begin]), int(offsets[end]))
+        row = torch.repeat_interleave(torch.arange(begin, end, device="cpu") + shard.start, counts)
+        mixed = row * 0x9E3779B97F4A7C1 + side.indices[here].cpu() * 0x2545F4914F6CDD1D
         mixed = (mixed ^ (mixed >> 29)) * 0x369DEA0F31A53F85
-        total += (mixed ^ (mixed >> 32)).sum()
-    said = shard.team.meet((len(entries), int(total)))
-    count, mixed_sum = (sum(part) for part in zip(*said, strict=True))
-    return f"{count} of {shard.total} x {entries.shape[1]}, {mixed_sum % 2**64:016x}"
+        mixed = mixed ^ (mixed >> 32)
+        total += mixed.sum()
+        for place, given in enumerate((side.values, side.weights)):
+            if given is not None:
+                sums[place] += float(torch.dot(mixed.double() / 2**63, given[here].cpu().double()))
+    count, mixed_sum, values, weights = map(sum, zip(*shard.team.meet((len(entries), int(total), *sums)), strict=True))
+    return {
+        "entries": f"{count} of {shard.total} x {entries.shape[1]}, {mixed_sum % 2**64:016x}",
+        "values": values,
+        "weights": None if side.weights is None else weights,
+    }
+
+
+def _same(name: str, had: Any, own: Any) -> bool:
+    close = name in ("values", "weights") and isinstance(had, float) and isinstance(own, float)
+    return abs(had - own) < ROUNDING if close else bool(had == own)
 
 
 def _rows_file(start: int) -> str:

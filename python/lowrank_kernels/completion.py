@@ -28,11 +28,13 @@ from .files import check_output
 from .labels import (
     as_labels,
     checked_values,
+    frame_names,
     label_codes,
     or_ones,
     plain,
     refuse_missing,
     refuse_other_kind,
+    refuse_other_names,
     team_labels,
     two_columns,
     unique_labels,
@@ -98,6 +100,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         left_, core_, right_: ``(m, k)``, ``(L, k, k)`` and ``(k, n)`` arrays, in the units of y.
         row_bias_, col_bias_, offset_: biases and mean.
         row_labels_, col_labels_: sorted labels of the rows and columns.
+        feature_names_in_: names of the two columns, where ``fit`` was given a data frame.
         status_: a :class:`lowrank_kernels.solver.Status`; ``status_.message`` says what to do next.
         history_: a dict a check: ``step``, ``train_rmse``, ``validation_rmse`` (where held out), ``seconds``.
         n_steps_: steps made.
@@ -189,6 +192,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
                 keep = self.warm_start and hasattr(self, "left_") and self._same_labels(row_labels, col_labels, team)
                 keep = all(team.meet(keep))
                 self.row_labels_, self.col_labels_ = row_labels, col_labels
+                self._take_names(frame_names(pairs))
                 self._keep_entries(row_codes, col_codes, values, weights)
                 entries, offset, scale = self._standardized(team)
                 shard = RowShard.of(team, len(row_labels))
@@ -240,6 +244,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
                 keep = self.warm_start and hasattr(self, "left_") and self._same_labels(*labels, team)
                 keep = all(team.meet(keep))
                 self.row_labels_, self.col_labels_ = labels
+                self._take_names(None)
                 self.entries_ = None
                 entries = found.entries.to(self.device)
             self._solve(entries, found.offset, found.scale, found.shard, warm=keep, max_steps=self.max_steps)
@@ -257,6 +262,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         if self.distributed:
             raise ValueError("DeepMatrixCompletion.partial_fit: works in one process; fit() all entries with warm_start=True")
         self._refuse_without_entries("partial_fit", "fit() the old and the new entries together")
+        refuse_other_names("partial_fit", getattr(self, "feature_names_in_", None), pairs)
         row, col = two_columns("partial_fit", pairs)
         values, weights = checked_values("partial_fit", y, sample_weight, len(row))
         old = self.entries_
@@ -365,11 +371,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         stopping = not automatic if isinstance(self.early_stopping, str) else self.early_stopping
         checkpoint = None
         if self.checkpoint is not None:
-            identity: dict[str, Any] = {
-                "entries": fingerprint(entries, shard),
-                "mean": f"{offset:.6g}",
-                "scale": f"{scale:.6g}",
-            }
+            identity = fingerprint(entries, shard) | {"mean": f"{offset:.6g}", "scale": f"{scale:.6g}"}
             identity |= {"rank": self._rank((shard.total, n)), "max_steps": max_steps, "warm": warm}
             identity |= {name: getattr(self, name) for name in IDENTITY} | ({"seed": seed} if stopping else {})
             checkpoint = Checkpoints(self.checkpoint, shard, identity, every=self.checkpoint_every)
@@ -426,8 +428,8 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
             tensor(self.left_),
             tensor(self.core_),
             tensor(self.right_.T) / scale,
-            tensor(self.row_bias_) / scale,
-            (tensor(self.col_bias_) + shift) / scale,
+            tensor(self.row_bias_) / scale if self.fit_bias else torch.zeros_like(tensor(self.row_bias_)),
+            (tensor(self.col_bias_) + shift) / scale if self.fit_bias else torch.zeros_like(tensor(self.col_bias_)),
         )
 
     def _spread_factors(self, rows: NDArray[Any], cols: NDArray[Any], labels: list[NDArray[Any]]) -> None:
@@ -480,6 +482,7 @@ class DeepMatrixCompletion(SavedEstimator, RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         team = self._team("predict")
         with team.together():
+            refuse_other_names("predict", getattr(self, "feature_names_in_", None), pairs)
             row, col = two_columns("predict", pairs)
             wanted = team.meet((row, col))
             parts = team.meet([self._row_part(*each) for each in wanted])  # a pair's row is here or elsewhere

@@ -99,7 +99,7 @@ def top_singular_vectors(
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"top_singular_vectors: rank must be from 1 to min{(m, n)} = {min(m, n)}, got {rank}")
     samples = min(rank + oversampling, m, n)
-    x = torch.randn(n, samples, generator=generator, dtype=torch.float64).to(matrix.device)
+    x = torch.randn(n, samples, generator=generator, dtype=torch.float64, device="cpu").to(matrix.device)
     y, _ = rows.qr(matrix.matmul(x))
     for _ in range(iterations):
         y, _ = rows.qr(matrix.matmul(torch.linalg.qr(matrix.rmatmul(y)).Q))
@@ -151,7 +151,7 @@ def _completed(q: Tensor, known: int, generator: torch.Generator | None) -> Tens
     if known == q.shape[1]:
         return q
     kept = q[:, :known]
-    fill = torch.randn(q.shape[0], q.shape[1] - known, generator=generator, dtype=torch.float64).to(q.device)
+    fill = torch.randn(q.shape[0], q.shape[1] - known, generator=generator, dtype=torch.float64, device="cpu").to(q.device)
     fill = fill - kept @ (kept.t() @ fill)
     return torch.cat([kept, orthonormal(fill - kept @ (kept.t() @ fill))], 1)
 

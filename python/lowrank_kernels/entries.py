@@ -140,7 +140,12 @@ class ObservedEntries:
 
     @classmethod
     def from_dense(cls, matrix: ArrayLike | Tensor, mask: ArrayLike | Tensor | None = None, **kwargs: Any) -> ObservedEntries:
-        """Build from a dense matrix whose missing cells are NaN, or from values and a boolean mask (True: observed)."""
+        """Build from a dense matrix whose missing cells are NaN, or from values and a boolean mask (True: observed).
+
+        The masked cells of a ``numpy.ma.MaskedArray`` are missing.
+        """
+        if mask is None and isinstance(matrix, np.ma.MaskedArray):
+            matrix, mask = matrix.filled(0), ~np.ma.getmaskarray(matrix)
         dense = _tensor("matrix", matrix)
         if dense.ndim != 2:
             raise ValueError(f"ObservedEntries.from_dense: matrix must have 2 dimensions, got shape {tuple(dense.shape)}")

@@ -29,6 +29,7 @@ class SavedEstimator:
     _saved_arrays: tuple[str, ...] = ()
     _saved_values: tuple[str, ...] = ()  # what JSON can hold
     status_: solver.Status
+    feature_names_in_: NDArray[np.object_]
     get_params: Callable[[], dict[str, Any]]  # of scikit-learn's BaseEstimator
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
@@ -74,12 +75,22 @@ class SavedEstimator:
         return model
 
     def _arrays(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._saved_arrays}
+        names = getattr(self, "feature_names_in_", None)
+        arrays = {name: getattr(self, name) for name in self._saved_arrays}
+        return arrays if names is None else {**arrays, "feature_names_in_": names.astype(str)}
 
     def _take_arrays(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Set the attributes of ``_arrays`` and refuse what does not fit together."""
         for name in self._saved_arrays:
             setattr(self, name, arrays[name])
+        if "feature_names_in_" in arrays:
+            self._take_names(arrays["feature_names_in_"].astype(object))
+
+    def _take_names(self, names: NDArray[np.object_] | None) -> None:
+        """As scikit-learn: the attribute is there where names are."""
+        vars(self).pop("feature_names_in_", None)
+        if names is not None:
+            self.feature_names_in_ = names
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():

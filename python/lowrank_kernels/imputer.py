@@ -30,6 +30,7 @@ from sklearn.utils.validation import check_is_fitted
 from . import solver
 from .entries import ObservedEntries
 from .estimators import SavedEstimator, check_common, is_integer, is_number, mean_and_scale, progress_callback
+from .files import as_held
 
 try:
     from sklearn.utils.validation import validate_data  # 1.6
@@ -322,15 +323,10 @@ class LowRankImputer(SavedEstimator, TransformerMixin, BaseEstimator):
     )  # fmt: skip
     _saved_values = ("products_", "ridge_", "validation_rmse_", "n_features_in_")
 
-    def _arrays(self) -> dict[str, Any]:
-        names = getattr(self, "feature_names_in_", None)
-        return super()._arrays() | ({} if names is None else {"feature_names_in_": names.astype(str)})
-
     def _take_arrays(self, arrays: dict[str, NDArray[Any]]) -> None:
         super()._take_arrays(arrays)
         self.products_ = [(int(i), int(j)) for i, j in self.products_]
         if "feature_names_in_" in arrays:
-            self.feature_names_in_ = arrays["feature_names_in_"].astype(object)
             self._check_shapes({"feature_names_in_": (self.n_features_in_,)})
         count, products, k = int(self.kept_.sum()), len(self.products_), self.columns_.shape[1]
         lifted = count * (2 * self.window + 1) + products
@@ -357,7 +353,9 @@ class LowRankImputer(SavedEstimator, TransformerMixin, BaseEstimator):
         else:
             table = self._validate_data(X, reset=reset, dtype=np.float64, force_all_finite=False, copy=True)
         if not np.isnan(self.missing_values):
-            table[table == self.missing_values] = np.nan
+            dtypes = getattr(X, "dtypes", None)  # of a data frame, one a column
+            held = [as_held(dtype, self.missing_values) for dtype in ([np.asarray(X).dtype] if dtypes is None else dtypes)]
+            table[table == np.array(held)] = np.nan
         if mask is not None:
             observed = np.asarray(mask)
             if observed.dtype != np.bool_ or observed.shape != table.shape:

@@ -36,6 +36,21 @@ def two_columns(method: str, pairs: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     return row, col
 
 
+def frame_names(pairs: Any) -> NDArray[np.object_] | None:
+    """The names of a data frame's columns, where all are strings, as scikit-learn has them."""
+    names = list(getattr(pairs, "columns", ())) if hasattr(pairs, "iloc") or hasattr(pairs, "get_columns") else []
+    return np.array(names, dtype=object) if names and all(isinstance(name, str) for name in names) else None
+
+
+def refuse_other_names(method: str, known: NDArray[np.object_] | None, pairs: Any) -> None:
+    names = frame_names(pairs)
+    if known is not None and names is not None and list(names) != list(known):
+        raise ValueError(
+            f"DeepMatrixCompletion.{method}: the columns must be {', '.join(known)} as in fit, got {', '.join(names)}; "
+            "choose them in this order"
+        )
+
+
 def as_labels(given: Any) -> NDArray[Any]:
     """An array; one of mixed Python objects keeps them, where numpy would turn numbers beside strings into strings."""
     if isinstance(given, torch.Tensor):
@@ -53,6 +68,8 @@ def refuse_missing(method: str, side: str, labels: NDArray[Any]) -> NDArray[Any]
     bare = plain(labels)
     if bare.dtype.kind == "f":
         bad = ~np.isfinite(bare)
+    elif bare.dtype.kind in "mM":
+        bad = np.isnat(bare)
     elif bare.dtype.kind == "O":
         bad = np.array([x is None or x != x for x in bare])
     else:

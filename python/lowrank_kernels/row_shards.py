@@ -48,13 +48,13 @@ class RowShard:
     def normal(self, columns: int, generator: torch.Generator | None) -> Tensor:
         """These rows of ``torch.randn(total, columns, dtype=float64)``; without a generator, of the default one."""
         if self.alone:
-            return torch.randn(self.total, columns, generator=generator, dtype=torch.float64)
+            return torch.randn(self.total, columns, generator=generator, dtype=torch.float64, device="cpu")
         return self._drawn(torch.Tensor.normal_, torch.float64, self.total, self.start, self.count, columns, generator)
 
     def uniform(self, start: int, count: int, total: int, generator: torch.Generator | None) -> Tensor:
         """Numbers ``[start, start + count)`` of ``torch.rand(total)``: one for each entry of these rows."""
         if self.alone:
-            return torch.rand(total, generator=generator)
+            return torch.rand(total, generator=generator, dtype=torch.float32, device="cpu")
         return self._drawn(torch.Tensor.uniform_, torch.float32, total, start, count, 1, generator)[:, 0]
 
     @staticmethod
@@ -68,11 +68,11 @@ class RowShard:
         generator: torch.Generator | None,
     ) -> Tensor:
         """The whole matrix is drawn, as one process would, a block at a time; the rows of others are dropped."""
-        own, block = torch.empty(count, columns, dtype=dtype), max(16, DRAWN // columns // 16 * 16)
+        own, block = torch.empty(count, columns, dtype=dtype, device="cpu"), max(16, DRAWN // columns // 16 * 16)
         edges = [*range(0, max(total - block, 0), block), total]  # the last block is never short: torch draws those otherwise
         edges = edges if edges[0] == 0 else [0, *edges]
         for begin, end in pairwise(edges):
-            numbers = torch.empty(end - begin, columns, dtype=dtype)
+            numbers = torch.empty(end - begin, columns, dtype=dtype, device="cpu")
             fill(numbers, generator=generator)  # type: ignore[operator]
             low, high = max(begin, start), min(end, start + count)
             if low < high:

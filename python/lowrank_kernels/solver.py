@@ -340,7 +340,11 @@ class _Adam:
                 (self._fused if self.fused else self._plain)(place, x, g, rate * decay)
 
     def _fused(self, place: int, x: Tensor, g: Tensor, rate: float) -> None:
-        m, v, step = self.first[place], self.second[place], torch.tensor(float(self.steps))
+        m, v, step = (
+            self.first[place],
+            self.second[place],
+            torch.tensor(float(self.steps), dtype=torch.float32, device=x.device),
+        )
         torch._fused_adam_(
             [x],
             [g.contiguous()],

@@ -24,7 +24,8 @@ def orthogonal_factors(
 
 def haar(rows: int, columns: int, *, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
     """A Haar-distributed ``(rows, columns)`` matrix with orthonormal columns, rows >= columns."""
-    return orthonormal(torch.randn(rows, columns, generator=generator, dtype=dtype))
+    device = "cpu" if generator is None else generator.device  # whatever torch's default device is
+    return orthonormal(torch.randn(rows, columns, generator=generator, dtype=dtype, device=device))
 
 
 def orthonormal(x: Tensor) -> Tensor:
