@@ -200,6 +200,16 @@ def test_dense(tmp_path):
     assert curve.stat().st_size > 5000
 
 
+def test_whether_a_table_has_a_header_can_be_said(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("who,1,2,3,4\n" + "".join(f"w{i},{i % 3},{i % 5},{i % 4},{i % 7}\n" for i in range(40)))
+    guessed = completed(path, "--max-steps", 10, "-o", tmp_path / "guessed.csv")  # all whole: years or data?
+    told = completed(path, "--header", "--max-steps", 10, "-o", tmp_path / "told.csv")
+    assert "no header, labels in column 1" in guessed
+    assert "header, labels in who" in told
+    assert tables.read_dense(tmp_path / "told.csv", header=True).columns == ["1", "2", "3", "4"]
+
+
 def test_dense_rows_in_time_order(tmp_path):
     t = np.arange(300.0)[:, None]
     truth = np.sin(t / 7 + np.arange(4)) + 0.3 * np.random.default_rng(0).standard_normal((300, 1))
@@ -315,6 +325,7 @@ def test_wrong_input_is_refused_with_one_line(tmp_path, ratings, photograph):
     assert "can be written as .png" in refused(photograph, "--sampling-rate", 0.5, "-o", tmp_path / "o.jpg")
     assert "two outputs" in refused(ratings, "-o", tmp_path / "o.npz", "--save-model", tmp_path / "o.npz")
     assert "--window does not apply" in refused(ratings, "--window", 1)
+    assert "--header does not apply" in refused(ratings, "--no-header")
     assert "--save-model" in refused(ratings, "--kind", "dense", "-o", tmp_path / "o.npz")
     assert "error: " + str(ratings) + ": --rank must be at most 30 for" in refused(ratings, "--rank", 400)
     assert "mkdir -p" in refused(ratings, "-o", tmp_path / "no" / "o.npz")

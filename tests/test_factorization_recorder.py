@@ -20,6 +20,7 @@ from lowrank_kernels.factorization import (
     repeated_singular_value,
     rho_trajectory,
     train,
+    training,
 )
 from lowrank_kernels.files import InputError, OutputError
 from lowrank_kernels.reference.compression import haar
@@ -210,6 +211,27 @@ def test_a_recording_goes_on_with_the_next_call():
         np.testing.assert_array_equal(parts[name], whole[name], err_msg=name)
     with pytest.raises(ValueError, match="one recorder records one model"):
         train(model(), loss, learning_rate=0.2, steps=1, recorder=recorder)
+
+
+@pytest.mark.parametrize("at", [7, 35])
+def test_after_an_interrupt_a_recording_goes_on_from_the_weights_that_were_kept(monkeypatch, at):
+    loss, m = SquaredLoss(target()), model()
+    whole = recorded(model(), loss, steps=60, twin=model().compress(loss, 4))
+    recorder, step = Recorder(10, twin=m.compress(loss, 4)), training.Descent.step
+
+    def interrupted(self):
+        if self.steps == at and self.model is m:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(training.Descent, "step", interrupted)
+    options = {"learning_rate": 0.2, "check_every": 20, "recorder": recorder}
+    assert train(m, loss, steps=60, **options).status is Status.INTERRUPTED
+    monkeypatch.setattr(training.Descent, "step", step)
+    train(m, loss, steps=60 - at // 20 * 20, **options)
+    parts = recorder.recording()
+    for name in whole:
+        np.testing.assert_array_equal(parts[name], whole[name], err_msg=name)
 
 
 def test_without_a_recorder_nothing_is_computed(monkeypatch):

@@ -185,6 +185,45 @@ def test_dense_is_read(tmp_path, content, columns):
     assert dense.columns == columns
 
 
+@pytest.mark.parametrize(
+    ("text", "header"),
+    [
+        ("station,2001,2002,2003\nA,1.5,,3\nB,2,4,5\n", True),  # years
+        (",10,20,37\nann,5,,3.5\n", True),  # a pivot with row names
+        ("userId,10,20,37\n1,5,,3\n2,,4,4\n", True),  # a pivot of whole numbers
+        ("A,1,2,3\nB,4,5,6\n", False),
+        ("A,3,2,1\nB,4.5,5,6\n", False),  # not ascending
+        ("A,1.5,2,3\nB,4,5,6\n", False),
+        ("1,2,3,4\n5,6,7.5,8\n", False),
+    ],
+)
+def test_a_first_line_of_whole_numbers(tmp_path, text, header):
+    (tmp_path / "a.csv").write_text(text)
+    dense = tables.read_dense(tmp_path / "a.csv")
+    assert (dense.columns is not None) == header
+    if not text.startswith(","):
+        for given in (True, False):
+            assert (tables.read_dense(tmp_path / "a.csv", header=given).columns is not None) == given
+
+
+def test_labels_of_a_table_without_a_header_are_written_back(tmp_path):
+    (tmp_path / "a.csv").write_text("A,1.5,,3\nB,2,4,5\n")
+    dense = tables.read_dense(tmp_path / "a.csv")
+    assert dense.labels == {"column 1": ["A", "B"]}
+    files.write_dense(tmp_path / "b.csv", dense)
+    assert (tmp_path / "b.csv").read_text() == "A,1.5,,3.0\nB,2.0,4.0,5.0\n"
+
+
+def test_line_ends_of_old_macs(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"a,b\r1,2\r3,4\r")
+    assert tables.read_dense(tmp_path / "a.csv").values.tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_placeholder_in_float32(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[-99.9, 1, 2], [3, 4, -99.9]], np.float32))
+    assert np.isnan(tables.read_dense(tmp_path / "a.npy", missing_value=-99.9).values).sum() == 2
+
+
 def test_first_line_that_counts_is_a_header(tmp_path):
     assert tables.read_dense(put(tmp_path, "a.csv", "0,1,2,3,4\n1,2,3,4,5.5\n")).columns == list("01234")
     assert tables.read_triplets(put(tmp_path, "b.csv", "1,2,3\n2,3,4\n")).values.tolist() == [3, 4]

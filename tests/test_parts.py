@@ -15,7 +15,7 @@ for library in ("click", "rich", "polars", "scipy", "sklearn", "PIL"):
 import polars as pl  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
-from lowrank_kernels import DeepMatrixCompletion, ObservedEntries, parts  # noqa: E402
+from lowrank_kernels import DeepMatrixCompletion, ObservedEntries, parts, solver  # noqa: E402
 from lowrank_kernels.cli import group  # noqa: E402
 from lowrank_kernels.files import InputError  # noqa: E402
 from lowrank_kernels.processes import Team  # noqa: E402
@@ -166,7 +166,7 @@ WRONG = {
     ),
     "a NaN": (
         with_column("rating", lambda piece: [float("nan"), None] + [1.0] * 98),
-        r"part-1.parquet: 2 of 100 values are missing, NaN or infinite; remove these entries",
+        r"part-1.parquet: 2 of 100 values are missing, no numbers, NaN or infinite; remove these entries",
     ),
     "no label": (
         with_column("userId", lambda piece: [None] + [1] * 99),
@@ -218,6 +218,25 @@ def test_pairs_given_twice_are_averaged_where_that_is_asked_for(tmp_path):
         wanted.values.numpy() * values.std() + values.mean(),
         rtol=1e-5,
     )
+
+
+def test_text_is_typed_by_all_lines_of_all_parts(tmp_path):
+    """Not by the first hundred: whole ratings and then 3.5, numbers and then a name."""
+    lines = [f"{i},{i % 7},{i % 5}" for i in range(150)]
+    (tmp_path / "a.csv").write_text("user,item,rating\n" + "\n".join([*lines, "150,3,3.5"]) + "\n")
+    (tmp_path / "b.csv").write_text("user,item,rating\n")
+    said = []
+    found = parts.read_parts(tmp_path, say=said.append)
+    assert said[0] == "1 of 2 parts have no entry: b.csv"
+    assert found.row_labels.tolist() == list(range(151))
+    assert found.offset == pytest.approx((sum(i % 5 for i in range(150)) + 3.5) / 151)
+    (tmp_path / "c.csv").write_text("user,item,rating\nabc,3,1\n007,3,1\n")
+    found = parts.read_parts(tmp_path)
+    assert {"abc", "007", "7"} < set(found.row_labels)
+    assert found.col_labels.tolist() == list(range(7))
+    (tmp_path / "d.csv").write_text("user,item,rating\n1,3,good\n2,3,\n")
+    with pytest.raises(InputError, match=r"d.csv: 2 of 2 values are missing, no numbers, NaN or infinite"):
+        parts.read_parts(tmp_path)
 
 
 def test_a_part_without_entries_is_said_and_passed_over(tmp_path):
@@ -328,6 +347,34 @@ def test_the_command_fits_parts_and_goes_on_from_a_checkpoint(tmp_path):
     other = CliRunner().invoke(group, [*arguments, "--overwrite", "--depth", "2"])
     assert other.exit_code == 2
     assert "was made with depth = 3, this training has 2" in other.output
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("at", [0, 10])
+def test_ctrl_c_ends_the_command_with_130(tmp_path, monkeypatch, at, checkpoint):
+    write(tmp_path / "parts", frame())
+    adam = solver._Adam.step
+
+    def interrupted(self, *arguments):
+        if self.steps == at + 5:
+            raise KeyboardInterrupt
+        adam(self, *arguments)
+
+    monkeypatch.setattr(solver._Adam, "step", interrupted)
+    arguments = ["fit", str(tmp_path / "parts"), "--rank", "8", "--max-steps", "40", "-o", str(tmp_path / "m.npz")]
+    arguments += ["--checkpoint", str(tmp_path / "state"), "--checkpoint-every", "10"] if checkpoint else []
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 130, result.output
+    assert (tmp_path / "m.npz").exists() != checkpoint
+    if checkpoint:  # the same command goes on, and only then writes the model
+        assert "the same command goes on from" in result.output
+        monkeypatch.setattr(solver._Adam, "step", adam)
+        again = CliRunner().invoke(group, arguments)
+        assert again.exit_code == 0, again.output
+        assert DeepMatrixCompletion.load(tmp_path / "m.npz").n_steps_ == 40
+    else:
+        assert "interrupted; the best factors so far were kept" in result.output or at == 0
+        assert "warm_start" not in result.output
 
 
 @pytest.mark.parametrize(

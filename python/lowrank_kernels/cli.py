@@ -22,14 +22,12 @@ import click
 
 from . import files
 from .cli_figures import figures_command
-from .cli_fit import fit_command
+from .cli_fit import INTERRUPTED, fit_command
 from .cli_verify import verify_command
 from .finetuning.data import TASKS
 from .problems import Entries, Options, Problem, load
 from .processes import ProcessLost
 from .tasks import Fit, Progress, Score, fit, scores, write_outputs
-
-INTERRUPTED = 130  # 128 + SIGINT
 
 
 class Refusal(click.ClickException):
@@ -102,6 +100,7 @@ def _fraction(low_open: bool) -> click.FloatRange:
 @click.option("--value", help="Column of values (triplets), such as rating.")
 @click.option("--duplicates", type=click.Choice(["error", "mean", "last"]), default="error", show_default=True)
 @click.option("--missing-value", type=float, metavar="NUMBER", help="Cells equal to this, such as -200, are missing (dense).")
+@click.option("--header/--no-header", default=None, help="Whether the first line has names; by default guessed (dense).")
 @click.option("--mask", type=click.Path(), help="Picture or .npy of the matrix' size, white (1): observed (picture, dense).")
 @click.option("--alpha-mask", is_flag=True, help="Fully transparent pixels are missing (picture).")
 @click.option("--sampling-rate", type=_fraction(True), help="Keep this share of the pixels and score on the others (picture).")

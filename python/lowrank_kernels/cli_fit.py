@@ -16,6 +16,8 @@ from typing import Any
 
 import click
 
+INTERRUPTED = 130  # 128 + SIGINT
+
 
 def fit_command(clean_errors: Callable[[], AbstractContextManager[None]]) -> click.Command:
     """The command, for the group in :mod:`.cli`, whose way of showing errors it takes."""
@@ -111,9 +113,16 @@ def run(
             )
         except ValueError as error:  # of a setting: the options are its source
             raise InputError(str(error)) from error
+        interrupted = model.status_.name == "INTERRUPTED"
+        if interrupted and settings["checkpoint"] is not None:  # the same command goes on from there, and writes the model
+            if first:
+                click.echo(
+                    f"interrupted at step {model.n_steps_}; the same command goes on from {settings['checkpoint']}", err=True
+                )
+            sys.exit(INTERRUPTED)
         if save_model is not None:
             model.save(save_model, overwrite)
-        if first and not quiet:
+        if first and not quiet and model.history_:  # none: it ended before the first check
             last = model.history_[-1]
             errors = f"RMSE {last['train_rmse']:.4f} on what was fitted"
             if "validation_rmse" in last:
@@ -122,9 +131,13 @@ def run(
             status = model.status_.message
             if model.status_.name == "MAX_STEPS":
                 status = f"stopped while still improving: raise --max-steps above {model.n_steps_}"
+            if interrupted:
+                status = "interrupted; the best factors so far were kept"
             click.echo(f"{errors}; {model.n_steps_} steps, {time.perf_counter() - started:.0f} s; {status}")
             if save_model is not None:
                 click.echo(f"wrote {save_model}")
+        if interrupted:
+            sys.exit(INTERRUPTED)
 
 
 @contextmanager

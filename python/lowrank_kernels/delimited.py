@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MISSING_WORDS = ("", "na", "n/a", "nan", "null", "none", "?")  # cells of a dense table that mean "not observed"
+INTEGER = r"^(0|-?[1-9]\d{0,17})(\.0+)?$"  # a label that is one; 007 is not
 SIGNATURES = (
     (b"\x89PNG", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
@@ -75,6 +78,8 @@ class Text(NamedTuple):
 
 def _bytes(path: PathLike) -> bytes:
     data = read_head(path, None)
+    if b"\r" in data and b"\n" not in data:  # the line ends of old Macs
+        data = data.replace(b"\r", b"\n")
     if not data.strip(b"\xef\xbb\xbf \t\r\n"):
         raise InputError(f"{path}: the file is empty")
     return data
@@ -101,10 +106,11 @@ def open_text(path: PathLike, header: bool | None = None) -> Text:
     tabs = str(path).lower().endswith((".tsv", ".tab"))
     separator = "\t" if tabs else max(",\t;|", key=first.count)  # the first of equals: a comma
     cells = next(csv.reader([first], delimiter=separator))
-    if header is None:  # a number in the first line means data, except five or more column numbers 0, 1, 2 ...
+    if header is None:  # a number in the first line means data, but for column numbers 0, 1, 2 ... and names such as years
         numbers = [number(cell) for cell in cells]
         counted = len(cells) > 4 and numbers in ([float(j) for j in range(len(cells))], [j + 1.0 for j in range(len(cells))])
         header = counted or (any(cell.strip() for cell in cells) and all(x is None for x in numbers))
+        header = header or (_ascending(cells) and _other_kind(data, separator, numbers[0] is None and bool(cells[0].strip())))
         if header and _all_missing(cells):
             header = False
     names = [cell.strip() or f"column {j + 1}" for j, cell in enumerate(cells)] if header else None
@@ -112,6 +118,22 @@ def open_text(path: PathLike, header: bool | None = None) -> Text:
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"{path}: line 1: column {twice!r} is there twice; rename one of them")
     return Text(str(path), data, separator, names, len(cells))
+
+
+def _ascending(cells: Sequence[str]) -> bool:
+    """A first cell that is no number, then three or more whole numbers in ascending order: years, identifiers of a pivot."""
+    whole = [int(cell) for cell in cells[1:] if re.fullmatch(r" *\d{1,18} *", cell)]
+    return number(cells[0]) is None and len(whole) == len(cells) - 1 > 2 and all(map(operator.lt, whole, whole[1:]))
+
+
+def _other_kind(data: bytes, separator: str, named: bool) -> bool:
+    """Whether the lines below a first one of whole numbers have others, or a number where that has a name."""
+    lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter=separator)
+    below = [cells for cells in itertools.islice(lines, 101) if any(cell.strip() for cell in cells)][1:]
+    if named and below and all(number(cells[0]) is not None for cells in below):
+        return True
+    found = [number(cell) for cells in below for cell in cells[1:]]
+    return any(value is not None and not value.is_integer() for value in found)
 
 
 def number(cell: str) -> float | None:
@@ -202,6 +224,6 @@ def as_labels(path: str, name: str, column: pl.Series, line: Callable[[int], int
         raise InputError(
             f"{path}: line {line(int(bad[0]))}, column {name!r}: a label was wanted, got an empty cell{such_lines(bad.size)}"
         )
-    if bool(text.str.contains(r"^(0|-?[1-9]\d{0,17})(\.0+)?$").all()):
+    if bool(text.str.contains(INTEGER).all()):
         return text.str.replace(r"\.0+$", "").cast(polars.Int64).to_numpy()
     return np.asarray(text.to_list(), dtype=str)

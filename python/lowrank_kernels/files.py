@@ -44,6 +44,12 @@ class Dense(NamedTuple):
     labels: dict[str, list[str]] | None = None  # leading text columns: name -> (m,) cells, written back unchanged
 
 
+def as_held(dtype: Any, number: float) -> float:
+    """A number as an array, or a column, of the dtype holds it: float32 has no -99.9."""
+    name = str(dtype).lower()
+    return float(np.dtype(name).type(number)) if name in ("float16", "float32") else number
+
+
 def pip_install(name: str = "all") -> str:
     """The command that installs an extra; the package index may not have this package yet, a checkout does."""
     return f'pip install lowrank-kernels[{name}], or in a checkout pip install ".[{name}]"'
@@ -184,7 +190,8 @@ def write_dense(path: PathLike, dense: Dense, overwrite: bool = False) -> None:
         write_atomically(path, _whole(lambda handle: np.save(handle, dense.values, allow_pickle=False)), overwrite)
         return
     polars = extra("polars", "writing CSV")
-    names = dense.columns or [f"column {j + 1}" for j in range(dense.values.shape[1])]
+    first = len(dense.labels or {}) + 1  # labels of a file without a header are columns 1, 2, ...
+    names = dense.columns or [f"column {j + first}" for j in range(dense.values.shape[1])]
     frame = polars.DataFrame({**(dense.labels or {}), **dict(zip(names, dense.values.T, strict=True))}).fill_nan(None)
     separator, header = "\t" if suffix == ".tsv" else ",", dense.columns is not None
     write_atomically(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from .delimited import INTEGER
 from .entries import ObservedEntries
 from .files import InputError, PathLike, extra
 from .processes import Team, agreed
@@ -139,12 +140,16 @@ def list_parts(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     return found
 
 
-def _scan(path: Path) -> pl.LazyFrame:
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() in (".csv", ".tsv")
+
+
+def _scan(path: Path, rows: int = 0) -> pl.LazyFrame:
+    """A part; columns of text are typed by so many rows, by none they stay text."""
     polars = extra("polars", "reading parts")
-    suffix = path.suffix.lower()
-    if suffix in (".parquet", ".pq"):
+    if not _is_text(path):
         return polars.scan_parquet(path)
-    return polars.scan_csv(path, separator="\t" if suffix == ".tsv" else ",")
+    return polars.scan_csv(path, separator="\t" if path.suffix.lower() == ".tsv" else ",", infer_schema_length=rows)
 
 
 def _kind(path: Path, name: str, dtype: Any) -> str:
@@ -157,24 +162,27 @@ def _kind(path: Path, name: str, dtype: Any) -> str:
 
 
 class _Source:
-    """The parts as frames of three columns ``row, col, value`` of the same types."""
+    """The parts as frames of three columns ``row, col, value`` of the same types.
 
-    def __init__(self, paths: list[Path], row: str | None, col: str | None, value: str | None) -> None:
+    Labels in text are integers where those of all text parts are, written plainly: 007 is not.
+    """
+
+    def __init__(self, paths: list[Path], row: str | None, col: str | None, value: str | None, team: Team) -> None:
         polars = extra("polars", "reading parts")
-        self.frames: list[tuple[Path, pl.LazyFrame]] = []
-        first: dict[str, str] = {}
+        scans: list[tuple[Path, pl.LazyFrame, dict[str, Any]]] = []
         for path in paths:
             try:
                 scan = _scan(path)
                 schema = dict(scan.collect_schema())
+                guessed = dict(_scan(path, 100).collect_schema()) if not scans else schema
             except (polars.exceptions.PolarsError, OSError) as error:
                 raise InputError(f"{path}: cannot be read as {path.suffix[1:]}: {_first_line(error)}") from error
-            if not self.frames:
+            if not scans:
                 roles = choose_columns(
                     str(path),
                     list(schema),
                     {"row": row, "col": col, "value": value},
-                    lambda name, s=schema: s[name].is_numeric(),  # type: ignore[misc]
+                    lambda name, s=guessed: s[name].is_numeric(),  # type: ignore[misc]
                 )
                 self.names = tuple(roles[role] for role in ("row", "col", "value"))
             missing = [name for name in self.names if name not in schema]
@@ -182,19 +190,49 @@ class _Source:
                 raise InputError(
                     f"{path}: has no column {missing[0]!r}, which {paths[0].name} has; its columns are {', '.join(schema)}"
                 )
-            kinds = {name: _kind(path, name, schema[name]) for name in self.names[:2]}
-            if not schema[self.names[2]].is_numeric():
+            if not _is_text(path) and not schema[self.names[2]].is_numeric():
                 raise InputError(f"{path}: column {self.names[2]!r} must hold numbers, got {schema[self.names[2]]}")
+            scans.append((path, scan, schema))
+        in_text = self._kinds_in_text([(path, scan) for path, scan, _ in scans if _is_text(path)], team)
+        first: dict[str, tuple[str, str]] = {}
+        self.frames: list[tuple[Path, pl.LazyFrame]] = []
+        for path, scan, schema in scans:
+            kinds = in_text if _is_text(path) else {name: _kind(path, name, schema[name]) for name in self.names[:2]}
             for name, kind in kinds.items():
-                if first.setdefault(name, kind) != kind:
-                    raise InputError(f"{path}: column {name!r} holds {kind}, in {paths[0].name} it holds {first[name]}")
+                known, where = first.setdefault(name, (kind, path.name))
+                if known != kind:
+                    raise InputError(f"{path}: column {name!r} holds {kind}, in {where} it holds {known}")
             types = {"integers": polars.Int64, "strings": polars.String}
             columns = [
-                polars.col(name).cast(types[kinds[name]]).alias(role)
+                (_plain(name, kinds[name]) if _is_text(path) else polars.col(name)).cast(types[kinds[name]]).alias(role)
                 for name, role in zip(self.names[:2], ("row", "col"), strict=True)
+                if name in kinds
             ]
-            columns.append(polars.col(self.names[2]).cast(polars.Float64).alias("value"))
+            if len(columns) < 2:  # a header and nothing below it, in all text parts
+                continue
+            number = polars.col(self.names[2])
+            number = number.str.strip_chars().cast(polars.Float64, strict=False) if _is_text(path) else number
+            columns.append(number.cast(polars.Float64).alias("value"))
             self.frames.append((path, scan.select(columns)))
+
+    def _kinds_in_text(self, scans: list[tuple[Path, pl.LazyFrame]], team: Team) -> dict[str, str]:
+        """Of the labels in all parts of text, by name; the processes share these out. Nothing where no part has an entry."""
+        polars = extra("polars", "reading parts")
+        if not scans:
+            return {}
+        found = [0, 0, 0]  # entries, and those whose row or column label is no integer
+        for path, scan in scans[team.rank :: team.size]:
+            words = [~polars.col(name).str.strip_chars().str.contains(INTEGER) for name in self.names[:2]]
+            query = scan.select(polars.len().alias("n"), *(word.sum().alias(f"w{i}") for i, word in enumerate(words)))
+            try:
+                (counted,) = polars.collect_all([query], engine="streaming")
+            except (polars.exceptions.PolarsError, OSError) as error:
+                raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
+            found = [a + b for a, b in zip(found, counted.row(0), strict=True)]
+        total = [sum(part) for part in zip(*team.meet(found), strict=True)]
+        if not total[0]:
+            return {}
+        return {name: "strings" if bad else "integers" for name, bad in zip(self.names[:2], total[1:], strict=True)}
 
     def count(self) -> int | None:
         """All entries, where the files' own words are enough to know."""
@@ -202,6 +240,12 @@ class _Source:
         if not all(path.suffix.lower() in (".parquet", ".pq") for path, _ in self.frames):
             return None
         return sum(int(frame.select(polars.len()).collect().item()) for _, frame in self.frames)
+
+
+def _plain(name: str, kind: str) -> Any:
+    """A column of text labels; whole numbers may be written 3.0."""
+    column = extra("polars", "reading parts").col(name).str.strip_chars()
+    return column.str.replace(r"\.0+$", "") if kind == "integers" else column
 
 
 def _first_line(error: BaseException) -> str:
@@ -241,7 +285,7 @@ def _count(frames: list[tuple[Path, pl.LazyFrame]], told: Callable[[int], None])
         if unlabelled:
             raise InputError(f"{path}: {unlabelled} of {count} entries have no row or column label; remove or name them")
         if bad:
-            raise InputError(f"{path}: {bad} of {count} values are missing, NaN or infinite; remove these entries")
+            raise InputError(f"{path}: {bad} of {count} values are missing, no numbers, NaN or infinite; remove these entries")
         told(done + 1)
         if not count:
             empty.append(path.name)
@@ -319,7 +363,7 @@ def read_parts(
     itemsize = torch.empty(0, dtype=dtype).element_size()
     files = list_parts(paths)
     agreed(team, "read_parts", {"parts": [(path.name, path.stat().st_size) for path in files]})
-    source = _Source(files, row, col, value)
+    source = _Source(files, row, col, value, team)
     known = source.count()
     if known is not None:  # before anything is read
         share = needed_memory(known // team.size, 0, 0, rank=rank, itemsize=itemsize, automatic=automatic)

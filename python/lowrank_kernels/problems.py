@@ -28,6 +28,7 @@ class Options:
     value: str | None = None
     duplicates: str = "error"
     missing_value: float | None = None
+    header: bool | None = None
     window: int | None = None
     mask: str | None = None
     alpha_mask: bool = False
@@ -120,7 +121,7 @@ def _load_entries(o: Options, kind: str) -> Problem:
 
 
 def _load_dense(o: Options) -> Problem:
-    dense = tables.read_dense(o.file, o.missing_value)
+    dense = tables.read_dense(o.file, o.missing_value, o.header)
     known = ~np.isnan(dense.values)
     if o.mask is not None:
         known &= pictures.read_mask(o.mask, (known.shape[0], known.shape[1]))
@@ -186,6 +187,7 @@ def _refuse_options(o: Options, kind: str) -> None:
         "--predict": o.predict is not None and not table,
         "--mask": o.mask is not None and table,
         "--missing-value": o.missing_value is not None and kind != "dense",
+        "--header": o.header is not None and kind != "dense",
         "--window": o.window is not None and kind != "dense",
         "--sampling-rate": o.sampling_rate is not None and kind != "picture",
         "--alpha-mask": o.alpha_mask and kind != "picture",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .delimited import MISSING_WORDS, Text, as_labels, as_numbers, number, open_text, read_strings, such_lines
-from .files import Dense, InputError, PathLike, extra, read_head
+from .files import Dense, InputError, PathLike, as_held, extra, read_head
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,12 +110,16 @@ def read_dense(path: PathLike, missing_value: float | None = None, header: bool 
 
     Missing are empty cells, NA, N/A, NaN, null, none, ? and ``missing_value`` (a sentinel such as -200). Leading columns
     whose first cell is text (names, dates), or a first column without a name, become ``labels``.
-    A first line without any number is the header, and so is one that counts five or more columns: 0,1,2,3,4.
+    A first line without any number is the header, and so is one that counts five or more columns: 0,1,2,3,4, and one of three
+    or more ascending whole numbers after a name, such as years, above lines of another kind; ``header`` says it.
 
     Raises:
         InputError: text in a column of numbers, an infinite value, a line too short or long, no observed cell.
     """
-    dense = read_npy(path) if str(path).lower().endswith(".npy") else _read_dense_text(path, header)
+    if str(path).lower().endswith(".npy"):
+        dense, missing_value = read_npy(path, missing_value), None
+    else:
+        dense = _read_dense_text(path, header)
     if missing_value is not None:
         dense.values[dense.values == missing_value] = np.nan
     if np.isinf(dense.values).any():
@@ -127,7 +131,8 @@ def read_dense(path: PathLike, missing_value: float | None = None, header: bool 
     return dense
 
 
-def read_npy(path: PathLike) -> Dense:
+def read_npy(path: PathLike, missing_value: float | None = None) -> Dense:
+    """A matrix of real numbers; cells equal to ``missing_value``, as the array's own dtype has it, become NaN."""
     head = read_head(path)
     if not head.startswith(b"\x93NUMPY"):
         raise InputError(f"{path}: a NumPy array (.npy) was wanted, the file does not start like one")
@@ -139,7 +144,10 @@ def read_npy(path: PathLike) -> Dense:
         raise InputError(f"{path}: an array of real numbers was wanted, got dtype {array.dtype}")
     if array.ndim != 2 or array.size == 0:
         raise InputError(f"{path}: a matrix (2 dimensions, not empty) was wanted, got shape {array.shape}")
-    return Dense(array.astype(np.float64))
+    values = array.astype(np.float64)
+    if missing_value is not None:
+        values[values == as_held(array.dtype, missing_value)] = np.nan
+    return Dense(values)
 
 
 def _read_dense_text(path: PathLike, header: bool | None) -> Dense:

@@ -165,6 +165,8 @@ class Recorder:
         self._frames: list[Tensor] = []
         self._top: dict[int, Tensor] = {}  # of each layer at its first record
         self._rho: Tensor | None = None
+        self._end = 0  # step of the model as train() left it
+        self._mark: tuple[int, Tensor | None, list[Tensor]] = (0, None, [])
 
     # ------------------------------------------------------------------ called by train()
 
@@ -176,7 +178,7 @@ class Recorder:
         elif self._model is not run.model:
             raise ValueError("Recorder: one recorder records one model; make another for another model")
         else:
-            self._first = int(self.records[-1]["step"]) if self.records else 0
+            self._first = self._end
         self._run, self._rho_steps, self._twin_run = run, 0, None
         if self._rho is not None and not self._in_theory(run):
             self._rho = None
@@ -190,6 +192,22 @@ class Recorder:
                 optimizer=run.make_optimizer,
                 check=False,
             )
+
+    def mark(self) -> None:
+        """The present state is what :func:`train` would go back to."""
+        run = self._run
+        self._advance_rho(run)
+        self._advance_twin()
+        twin = [] if self.twin is None else [factor.detach().clone() for factor in self.twin.factors()]
+        self._mark, self._end = (run.steps, self._rho, twin), self._first + run.steps
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Back to the marked state, with the model: what was recorded since is not of the weights that were kept."""
+        self._rho_steps, self._rho, twin = self._mark
+        self.records = [record for record in self.records if record["step"] <= self._end]
+        for factor, value in zip([] if self.twin is None else self.twin.factors(), twin, strict=True):
+            factor.copy_(value)
 
     @staticmethod
     def _in_theory(run: Descent) -> bool:
@@ -218,7 +236,7 @@ class Recorder:
 
     def due(self, step: int, last: bool) -> bool:
         """Whether this step is to be recorded."""
-        if self._first and step == 0:
+        if step == 0 and self.records and self.records[-1]["step"] == self._first:
             return False  # the end of the run before
         return last or step % self.every == 0
 
@@ -296,11 +314,15 @@ class Recorder:
             "angle_top": top,
         }
 
+    def _advance_twin(self) -> None:
+        twin = self._twin_run
+        while twin is not None and twin.steps < self._run.steps:
+            twin.step()
+
     def _observe_twin(self, x: Tensor, record: dict[str, Any]) -> None:
         twin = self._twin_run
         assert twin is not None
-        while twin.steps < self._run.steps:
-            twin.step()
+        self._advance_twin()
         record["twin.loss"] = float(twin.evaluate())
         record["distance"] = float((x - twin.model().detach().double()).norm())
         if self._frames and self.rank is not None:

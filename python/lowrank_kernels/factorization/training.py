@@ -369,6 +369,8 @@ def train(
                 history.append({"step": run.steps, "loss": value, "seconds": time.perf_counter() - began})
                 for copy, factor in zip(kept, model.factors(), strict=True):
                     copy.copy_(factor.detach())
+                if recorder is not None:
+                    recorder.mark()
                 if callback is not None:
                     callback(run.steps, value)
                 if value <= tol:
@@ -385,6 +387,8 @@ def train(
         with torch.no_grad():
             for copy, factor in zip(kept, model.factors(), strict=True):
                 factor.copy_(copy)
+        if recorder is not None:
+            recorder.rewind()
     return TrainingResult(status, run.steps, value, _message(status, run, history), history)
 
 
