@@ -29,7 +29,7 @@ class SavedEstimator:
     _saved_arrays: tuple[str, ...] = ()
     _saved_values: tuple[str, ...] = ()  # what JSON can hold
     status_: solver.Status
-    feature_names_in_: NDArray[np.object_]
+    feature_names_in_: Any  # an array of objects, where fit was given names
     get_params: Callable[[], dict[str, Any]]  # of scikit-learn's BaseEstimator
 
     def save(self, path: str | PathLike[str], overwrite: bool = False) -> None:
