@@ -113,7 +113,7 @@ class Said(Team):
 def test_processes_read_consecutive_blocks_of_about_equal_work(tmp_path, size):
     whole = frame()
     folder = write(tmp_path, whole, count=5)
-    source = parts._Source(parts.list_parts(folder), None, None, None)
+    source = parts._Source(parts.list_parts(folder), None, None, None, Team())
     counts = [parts._count(source.frames[rank::size], lambda done: None) for rank in range(size)]
     found = [parts.read_parts(folder, team=Said(rank, size, counts)) for rank in range(size)]
     rows, _, entries, offset, scale = in_memory(whole)
