@@ -2,7 +2,7 @@
 
 python examples/finetune_stsb.py --data FOLDER --out out/finetune_stsb [--jobs 2] [--quick]
 
-FOLDER holds sts-train.csv and sts-dev.csv. Two to three hours on 2 CPU cores without bfloat16 instructions; what is finished
+FOLDER holds sts-train.csv and sts-dev.csv. Three to four hours on 2 CPU cores without bfloat16 instructions; what is finished
 in --out is not made again, so it can be stopped at any time. The results of the published report are in
 bench/data/finetuning: with --out there it goes on from them. The report, docs/finetuning.md with its figures, comes from the
 JSON results alone; --quick makes everything tiny and keeps the report in --out.

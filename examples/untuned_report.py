@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import adapt_digits
-from finetune_report import MEASURE, again, default_but, differences, listed, table, usual_steps
+from finetune_report import MEASURE, again, default_but, differences, footing, listed, table, usual_steps
 
 from lowrank_kernels.files import write_atomically
 from lowrank_kernels.finetuning import results
@@ -49,6 +49,7 @@ def write_report(out: Path, docs: Path) -> list[Path]:
         "1e-2.\n\n" + table(shapes),
         "## Digits\n\nAn MLP (64, 256, 256) that learnt the digits 0 to 4, adapted to 5 to 9: accuracy on all other images of "
         f"them, {len({run['seed'] for run in digits})} seeds.\n\n" + adapt_digits.table(digits),
+        footing([*main, *longer, *shapes]),
     ]
     text = "\n".join(part.strip() + "\n" for part in parts)
     report = docs / "untuned.md"
@@ -136,6 +137,10 @@ def claims(
         limited = n in TUNED_AT
         met = means[n] >= (tuned[n].mean(MEASURE) or 0.0)
         add(claim, "mean at least the same" if limited else "-", measured, met if limited else None)
+        for other in of(main, "peft-lora-head", n):
+            by_seed = listed(differences(ours[n], other), "+.3f")
+            measured = f"{spread(ours[n], MEASURE)} against {spread(other, MEASURE)}; by seed {by_seed}"
+            add(f"the same, its head first for a tenth of the steps, too ({setting(other)})", "-", measured, None)
     over = statistics.fmean(means.values())
     each = statistics.fmean(tuned[n].mean(MEASURE) or 0.0 for n in sizes)
     names = ", ".join(map(str, sizes))
