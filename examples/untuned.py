@@ -5,7 +5,8 @@ python examples/untuned.py --data FOLDER --out out/finetune_stsb [--jobs 2] [--q
 FOLDER holds sts-train.csv and sts-dev.csv. MiniLM on the STS Benchmark with 16 to 1024 examples, three seeds, the same number
 of steps for all, and twice as many; ranks 2 to 128, depths 2 to 4; then an MLP on scikit-learn's digits. The report is
 docs/untuned.md. The folder of the results is that of finetune_stsb.py: what both need is made once, and what is finished is
-not made again. Two to three hours on 2 CPU cores without bfloat16 instructions. The published results are in bench/data/finetuning.
+not made again. Two to three hours on 2 CPU cores without bfloat16 instructions. The published results are in
+bench/data/finetuning.
 """
 
 from __future__ import annotations
