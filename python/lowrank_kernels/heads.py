@@ -87,11 +87,9 @@ def fit_head(
     optimizer = torch.optim.AdamW(head, lr, weight_decay=0.0)
     try:
         with ExitStack() as stack:
-            for module in wrapper.modules():
+            for module in wrapper.modules():  # DDP would wait for the adapters' gradients; the head's are averaged here
                 if isinstance(module, nn.parallel.DistributedDataParallel):
-                    stack.enter_context(
-                        module.no_sync()
-                    )  # it would wait for the adapters' gradients; the head's are averaged here
+                    stack.enter_context(module.no_sync())
             stack.enter_context(disabled(model))
             stack.enter_context(torch.enable_grad())
             return _train(model, optimizer, head, loss_or_batches, loss_fn, steps, team)
