@@ -166,7 +166,8 @@ class AdapterLayer(nn.Module):
         info, modules = self._info(name), self._modules
         left_name, core_name, right_name = self._factor_names
         # Straight from the dicts: attributes of modules cost 6 us here, a tenth of a small layer's forward pass.
-        left, core, right = (modules[kind]._parameters.get(name) for kind in (left_name, core_name, right_name))  # type: ignore[union-attr]
+        left, right = modules[left_name]._parameters.get(name), modules[right_name]._parameters.get(name)  # type: ignore[union-attr]
+        core = modules[core_name]._parameters.get(name)  # type: ignore[union-attr]
         if left is None:  # a replica of nn.DataParallel: its tensors are plain attributes
             left, core, right = (vars(modules[kind]).get(name) for kind in (left_name, core_name, right_name))
         return Factors(left, core, right, info.scale, info.shift)  # type: ignore[arg-type]
