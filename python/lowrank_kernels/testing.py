@@ -278,8 +278,8 @@ class ThreeFactorProblem(NamedTuple):
 
     def dropout_seed(self) -> int:
         """The seed that :meth:`run` lets the op draw."""
-        torch.manual_seed(self.seed)
-        return int(torch.randint(0, 2**62, (1,), device=self.x.device))
+        generator = torch.Generator(self.x.device).manual_seed(self.seed)  # its own: threads share torch's
+        return int(torch.randint(0, 2**62, (1,), device=self.x.device, generator=generator))
 
     def exact(self) -> dict[str, Tensor]:
         """Output and gradients with the update as a dense matrix, in numpy, in float64 or longer; besides the reference."""
