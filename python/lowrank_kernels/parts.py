@@ -202,14 +202,13 @@ class _Source:
                 known, where = first.setdefault(name, (kind, path.name))
                 if known != kind:
                     raise InputError(f"{path}: column {name!r} holds {kind}, in {where} it holds {known}")
+            if not kinds:  # a header and nothing below it, in all text parts
+                continue
             types = {"integers": polars.Int64, "strings": polars.String}
             columns = [
                 (_plain(name, kinds[name]) if _is_text(path) else polars.col(name)).cast(types[kinds[name]]).alias(role)
                 for name, role in zip(self.names[:2], ("row", "col"), strict=True)
-                if name in kinds
             ]
-            if len(columns) < 2:  # a header and nothing below it, in all text parts
-                continue
             number = polars.col(self.names[2])
             number = number.str.strip_chars().cast(polars.Float64, strict=False) if _is_text(path) else number
             columns.append(number.cast(polars.Float64).alias("value"))
